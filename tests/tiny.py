@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ Which of the two is better? That depends on what you want to do with it: the fir
 """
 
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------------
+# --- tokenizer
 
 _GEMMA_1 = {"<start_of_turn>": 106, "<end_of_turn>": 107}
 _GEMMA_3 = {"<start_of_turn>": 105, "<end_of_turn>": 106}
@@ -66,7 +67,7 @@ def _learn_merges(count: int) -> tuple[tuple[str, str], ...]:
     while len(merges) < count:
         pairs: dict[tuple[str, str], int] = {}
         for symbols, seen in words.items():
-            for pair in zip(symbols, symbols[1:], strict=False):
+            for pair in pairwise(symbols):
                 pairs[pair] = pairs.get(pair, 0) + seen
         if not pairs:
             break
@@ -189,7 +190,7 @@ def write_tokenizer(family_name: str, folder: Path) -> Path:
     return folder
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models
 
 _DECODER: dict[str, Any] = {
     "vocab_size": VOCAB,
