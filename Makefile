@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a library: the tests compare floating-point results, and two cores shared by pools are slower than one pool.
+TESTENV := OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
+
+.PHONY: quickstart test test-fast test-slow lint format setup clean help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh
+	PYTHON=$(PYTHON) scripts/setup.sh $(VENV)
+
+setup: $(VENV)/.ready  ## build .venv
+
+quickstart: $(VENV)/.ready  ## QLoRA of the real Gemma 3 270M on this machine's CPU
+	$(BIN)/gemma-tune sft recipes/quickstart.yaml
+
+test: lint  ## everything that CI runs
+	$(TESTENV) $(BIN)/python -m pytest -q --durations=15
+
+test-fast: $(VENV)/.ready  ## under two minutes, no real model
+	$(TESTENV) $(BIN)/python -m pytest -q tests/unit
+
+lint: $(VENV)/.ready  ## style, types and the floors of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.ready  ## rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and the caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

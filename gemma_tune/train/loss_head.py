@@ -1,0 +1,119 @@
+"""The loss head on a CPU: exact, over the trained positions only, with the gradient taken in the forward pass.
+
+Gemma's vocabulary makes the output projection the largest product of a small model (58 % of the 270M's forward pass).
+TRL's fused head already avoids holding the logits, but on a CPU it scores every position, masked ones too, and
+projects three times. A frozen head needs the logits and their gradient with respect to the hidden state once: two
+products, both in the forward pass, on the positions that carry loss.
+
+On a GPU TRL's Triton path skips masked positions itself, so it stays in charge there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+# Logits of one tile in fp32 take at most this many bytes; two such buffers live at a time.
+TILE_BYTES = 128 * 2**20
+
+
+class FrozenHeadLogProbs(torch.autograd.Function):
+    """log p(label), entropy and top-1 hit of each position, and d log p / d hidden, tile by tile.
+
+    Shapes: hidden [T, D], weight [V, D] (frozen), labels [T] int64. Returns log_probs [T] fp32, entropy [T] fp32
+    (nats, not differentiable) and is_top1 [T] bool.
+
+    With z = hidden @ weight.T, logits l = c tanh(z / c) where a soft cap c is given (Gemma 2, 3n, 4), p = softmax(l):
+    d log p_y / d hidden = sum_v (1[v = y] - p_v) (1 - (l_v / c)^2) weight_v.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = hidden.shape[0]
+        log_probs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(log_probs)
+        is_top1 = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        tile = max(1, TILE_BYTES // (4 * weight.shape[0]))
+        for start in range(0, tokens, tile):
+            part = slice(start, start + tile)
+            label = labels[part, None]
+            logits = (hidden[part] @ weight.T).float()
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            is_top1[part] = logits.argmax(-1) == label[:, 0]
+            slope = 1 - (logits / softcap).square_() if softcap is not None and gradient is not None else None
+            logits -= logits.logsumexp(-1, keepdim=True)  # log-probabilities from here on
+            log_probs[part] = logits.gather(-1, label)[:, 0]
+            probs = logits.exp()
+            entropy[part] = -torch.bmm(probs[:, None, :], logits[:, :, None])[:, 0, 0]
+            if gradient is None:
+                continue
+            own = weight[label[:, 0]].float()
+            if slope is not None:
+                probs *= slope
+                own *= slope.gather(-1, label)
+            gradient[part] = (own - (probs.to(weight.dtype) @ weight).float()).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None, None
+        return (grads[0][:, None] * gradient.float()).to(gradient.dtype), None, None, None
+
+
+def head_is_frozen(model: PreTrainedModel) -> bool:
+    """Whether `model`'s output projection is a plain frozen matrix on the CPU: the case that this module serves."""
+    head = model.get_output_embeddings()
+    return (
+        isinstance(head, torch.nn.Linear)
+        and head.bias is None
+        and not head.weight.requires_grad
+        and head.weight.device.type == "cpu"
+    )
+
+
+def use_frozen_head(model: PreTrainedModel) -> bool:
+    """Let `model(..., labels=..., fused_lm_head=True)` score by `FrozenHeadLogProbs`; call after TRL added its head.
+
+    Returns whether it applies (see `head_is_frozen`); otherwise the model is left as it is.
+    """
+    if not head_is_frozen(model):
+        return False
+    fused_by_trl = model.forward
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    # Keep the class's own signature: `generate` validates its keywords against it.
+    @functools.wraps(type(model).forward)
+    def forward(*args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        # Experts ask for a balancing loss on top: TRL's forward knows how.
+        if not fused_lm_head or labels is None or kwargs.get("output_router_logits"):
+            return fused_by_trl(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]
+        mask = labels != -100
+        scored = FrozenHeadLogProbs.apply(hidden[mask], model.get_output_embeddings().weight, labels[mask], softcap)
+        # `masked_scatter` keeps a batch without any trained token connected to the graph, with a zero gradient.
+        log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scored)
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / mask.sum().clamp(min=1),
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=mask,
+        )
+
+    model.forward = forward  # type: ignore[method-assign]
+    return True
