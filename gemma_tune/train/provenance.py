@@ -1,0 +1,88 @@
+"""Where a run comes from: versions, git, command, data, template. And what must never be written: secrets."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+_SECRET_NAMES = re.compile(r"(TOKEN|API_KEY|SECRET|ACCESS_KEY|PASSWORD)$", re.IGNORECASE)
+_SECRET_SHAPES = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|wandb_v1_[A-Za-z0-9_]{16,})\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SHORTEST_SECRET = 8
+
+
+def redact(text: str) -> str:
+    """`text` with every secret of the environment, and everything shaped like a hub or W&B token, masked."""
+    for name, value in os.environ.items():
+        if _SECRET_NAMES.search(name) and len(value) >= _SHORTEST_SECRET and not value.isdigit():
+            text = text.replace(value, "***")
+    return _SECRET_SHAPES.sub("***", text)
+
+
+def versions() -> dict[str, str]:
+    """gemma-tune's and its libraries' versions, and Python's."""
+    found = {"python": platform.python_version(), "gemma-tune": _version("gemma-tune")}
+    return found | {name: _version(name) for name in _LIBRARIES}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the repository around the working directory and whether it has changes; None outside of one."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": bool(status)}
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *words],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def command_line() -> list[str]:
+    """The command as it was typed, secrets masked."""
+    return [redact(word) for word in sys.argv]
+
+
+def peak_memory() -> dict[str, int]:
+    """Highest memory of this process so far, in bytes: `rss`, and `cuda` (allocated by torch) where there is a GPU."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
