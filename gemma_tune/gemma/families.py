@@ -45,6 +45,8 @@ class Family:
         lora_targets: preset -> regular expression over whole module names. Matches the multimodal and the text-only
             class, and never a tower, a router or a per-layer-embedding projection.
         decoder_layer: class name of a decoder layer (FSDP wrapping).
+        norms_per_layer: RMS norms as wide as the hidden size in one decoder layer.
+        qk_norm: whether queries and keys are normalised, with one learned vector of a head's size each.
         attention: attention implementations that are right for this generation, the default first.
         fp16_safe: whether fp16 compute is known not to overflow.
         accepts_loss_kwargs: what the model class tells the Trainer. False breaks gradient accumulation: correct it.
@@ -80,6 +82,8 @@ class Family:
     adapter_prefix: str
     lora_targets: Mapping[str, str]
     decoder_layer: str
+    norms_per_layer: int
+    qk_norm: bool
     attention: tuple[str, ...]
     fp16_safe: bool
     accepts_loss_kwargs: bool
@@ -215,6 +219,8 @@ _GEMMA1: dict[str, Any] = {
     **_TEXT_CLASS,
     "lora_targets": _lora_targets(),
     "decoder_layer": "GemmaDecoderLayer",  # modeling: _no_split_modules
+    "norms_per_layer": 2,  # modeling: before attention and before the MLP
+    "qk_norm": False,
     "attention": ("sdpa", "eager", "flash_attention_2"),  # modeling: _supports_sdpa, _supports_flash_attn
     # No report of overflow inside transformers, which keeps RoPE and norms in fp32 (transformers#29402);
     # Google's 2024 notebook trains it in fp16.
@@ -230,6 +236,7 @@ _GEMMA2 = _GEMMA1 | {
     "label": "Gemma 2",
     "model_types": ("gemma2",),
     "decoder_layer": "Gemma2DecoderLayer",
+    "norms_per_layer": 4,  # modeling: before and after attention and the MLP
     # modeling: _supports_sdpa = False ("sdpa does not support softcapping"): sdpa raises ValueError.
     "attention": ("eager", "flash_attention_2"),
     "fp16_safe": False,  # transformers#32309, unsloth#2040: inf in hidden states
@@ -243,6 +250,8 @@ _GEMMA3_TEXT = _GEMMA1 | {
     "label": "Gemma 3 (text)",
     "model_types": ("gemma3_text",),
     "decoder_layer": "Gemma3DecoderLayer",
+    "norms_per_layer": 4,
+    "qk_norm": True,  # modeling: q_norm, k_norm
     "fp16_safe": False,  # transformers#39972, LlamaFactory#7755
 }
 _GEMMA3N_TEXT = _GEMMA3_TEXT | {
@@ -334,6 +343,7 @@ FAMILIES: dict[str, Family] = {
             "label": "VaultGemma",
             "model_types": ("vaultgemma",),
             "decoder_layer": "VaultGemmaDecoderLayer",
+            "norms_per_layer": 2,  # modeling: none after attention and the MLP
         },
     )
 }
