@@ -1,0 +1,56 @@
+"""A batch from training rows.
+
+Packed rows must reach the model WITHOUT an attention mask: transformers looks for document borders in `position_ids`
+only where the mask is absent (masking_utils.py), and a mask of ones lets documents see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+IGNORED = -100
+"""Label of a token that carries no loss (torch's cross entropy)."""
+
+
+class Collator:
+    """Pads rows to the longest of the batch, on the right.
+
+    A row with `position_ids` is packed: its padding is a document of its own, whose positions restart, so that no real
+    token sees it and the batch needs no mask. Other rows get an `attention_mask`.
+
+    Args:
+        pad_id: id of the padding token.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Rows of `input_ids`, `labels` and perhaps `position_ids` (lists) -> int64 tensors of shape (rows, longest)."""
+        width = max(len(row["input_ids"]) for row in rows)
+        packed = [row.get("position_ids") is not None for row in rows]
+        if any(packed) != all(packed):
+            raise ValueError("packed and unpacked rows in one batch")
+        batch = {
+            "input_ids": _padded([row["input_ids"] for row in rows], width, self.pad_id),
+            "labels": _padded([row["labels"] for row in rows], width, IGNORED),
+        }
+        if all(packed):
+            batch["position_ids"] = torch.stack([_positions(row["position_ids"], width) for row in rows])
+        else:
+            batch["attention_mask"] = _padded([[1] * len(row["input_ids"]) for row in rows], width, 0)
+        return batch
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
+    padded = torch.full((len(rows), width), value, dtype=torch.long)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+    return padded
+
+
+def _positions(row: Sequence[int], width: int) -> torch.Tensor:
+    return torch.cat([torch.as_tensor(row, dtype=torch.long), torch.arange(width - len(row), dtype=torch.long)])

@@ -1,0 +1,258 @@
+"""Where rows come from: named sets, hub sets, local files, a function of the user's.
+
+A new named set is one function: what a row becomes, under a decorator that says where the rows are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.data import rows
+from gemma_tune.data.files import Row, read_file, suffix_of
+from gemma_tune.errors import GemmaTuneError, UserError
+from gemma_tune.gemma.conversation import Conversation, Document, Example
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A set that has a name here: its hub id, its training split, and what a row of it becomes."""
+
+    name: str
+    hub: str
+    split: str
+    read: Callable[[Mapping[str, Any]], Example]
+
+
+NAMED: dict[str, Named] = {}
+
+
+def named(name: str, *, hub: str, split: str = "train") -> Callable[[Callable[..., Example]], Callable[..., Example]]:
+    """Register a set under `name`. The function below the decorator turns one row into an example."""
+
+    def register(read: Callable[..., Example]) -> Callable[..., Example]:
+        NAMED[name] = Named(name, hub, split, read)
+        return read
+
+    return register
+
+
+@named("ultrachat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft")
+def ultrachat(row: Mapping[str, Any]) -> Conversation:
+    """UltraChat 200k (MIT): filtered dialogues with ChatGPT. Columns `prompt`, `prompt_id`, `messages`."""
+    return rows.messages(row)
+
+
+@named("ultrachat_original", hub="stingning/ultrachat")
+def ultrachat_original(row: Mapping[str, Any]) -> Conversation:
+    """UltraChat (MIT): columns `id`, `data`; all turns of `data`, user first."""
+    return rows.string_list(row)
+
+
+@named("english_quotes", hub="Abirate/english_quotes")
+def english_quotes(row: Mapping[str, Any]) -> Conversation:
+    """2,508 quotes (CC-BY-4.0): columns `quote`, `author`, `tags`; each row is one conversation."""
+    return rows.quotes(row)
+
+
+UNTRAINABLE_SPLITS: dict[str, str] = {
+    "HuggingFaceH4/ultrachat_200k": r"_gen$",
+}
+"""Hub id -> pattern of splits whose rows end with a user turn: they are prompts to generate from."""
+
+
+@dataclass
+class Opened:
+    """A source that is ready to be read, once.
+
+    Attributes:
+        label: how its rows are named to a person.
+        rows: its rows; a value is a mapping, an example, or the `RowError` that says why there is none.
+        to_example: turns the value of a row into an example, or raises `RowError`.
+    """
+
+    label: str
+    rows: Iterator[Row]
+    to_example: Callable[[Any], Example] = field(repr=False)
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.rows
+
+
+def open_source(source: Mapping[str, Any], *, streaming: bool = False) -> Opened:
+    """Open what a recipe calls a source.
+
+    Args:
+        source: the keys of `recipe.schema.Source`; only `name` is needed.
+        streaming: read a hub set over the network, row by row, instead of downloading it first.
+
+    Raises:
+        UserError: the name is no set, file, hub id or function; a file cannot be read.
+        AccessError: the hub cannot be reached or refuses.
+    """
+    name = source["name"]
+    known = NAMED.get(name)
+    if ".py:" in name or name.endswith(".py"):
+        label, found = name, _function_rows(name)
+    elif known:
+        label, found = name, _hub_rows(known.hub, name, known.split, source, streaming)
+    elif suffix_of(name) or name.startswith((".", "/", "~")) or Path(name).exists():
+        _no_hub_keys(name, source)
+        label, found = name, read_file(name)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        label, found = name, _hub_rows(name, name, "train", source, streaming)
+    else:
+        raise _unknown(name)
+    limit = source.get("limit")
+    return Opened(label, islice(found, limit) if limit else found, _reader(source, known))
+
+
+def _reader(source: Mapping[str, Any], known: Named | None) -> Callable[[Any], Example]:
+    format, columns = source.get("format") or "auto", dict(source.get("columns") or {})
+    if known and format == "auto" and not columns:
+        return partial(_read_named, known)
+    return partial(rows.normalise, format=format, columns=columns)
+
+
+def _read_named(known: Named, row: Any) -> Example:
+    try:
+        return known.read(row)
+    except KeyError as error:
+        raise rows.RowError(
+            f"no column {error.args[0]!r}: the set has changed",
+            fix="set data.sources.format and data.sources.columns",
+            kind="missing column",
+        ) from None
+
+
+def _unknown(name: str) -> UserError:
+    if re.match(r"https?://", name):
+        return UserError(f"{name!r} is an address", where="data.sources", fix="download the file and give its path")
+    near = difflib.get_close_matches(name, NAMED, 1, 0.5)
+    known = f"known sets: {', '.join(NAMED)}; otherwise a hub id (owner/name), a file, or ./mine.py:function"
+    return UserError(
+        f"{name!r} is no dataset", where="data.sources", fix=f"did you mean {near[0]!r}? {known}" if near else known
+    )
+
+
+def _no_hub_keys(name: str, source: Mapping[str, Any]) -> None:
+    for key in ("subset", "split", "revision"):
+        if source.get(key) is not None:
+            raise UserError(f"{key!r} means nothing for a file", where=f"data.sources: {name}", fix=f"remove {key!r}")
+
+
+# --------------------------------------------------------------------------------------------------------------- hub
+
+
+def _hub_rows(hub: str, label: str, split: str, source: Mapping[str, Any], streaming: bool) -> Iterator[Row]:
+    split = source.get("split") or split
+    pattern = UNTRAINABLE_SPLITS.get(hub)
+    if pattern and re.search(pattern, split):
+        raise UserError(
+            f"split {split!r} of {hub} holds prompts without an answer: nothing to train on",
+            where=f"data.sources: {label}",
+            fix=f"set split: {re.sub(pattern, '_sft', split)}",
+        )
+    return _load_hub(hub, label, split, source.get("subset"), source.get("revision"), streaming)
+
+
+def _load_hub(
+    hub: str, label: str, split: str, subset: str | None, revision: str | None, streaming: bool
+) -> Iterator[Row]:
+    """The one place that asks the hub for data. Lazy: nothing is fetched before the first row is asked for."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(hub, name=subset, split=split, revision=revision, streaming=streaming)
+        for number, row in enumerate(table, 1):
+            yield Row(number, row, f"{label} row {number:,}")
+    except GemmaTuneError:
+        raise
+    except Exception as error:
+        raise _explained(error, hub, label) from error
+
+
+def _explained(error: Exception, hub: str, label: str) -> GemmaTuneError:
+    """`datasets` reports a wrong split or subset as ValueError; all else is the hub's."""
+    text = str(error).strip()
+    where = f"data.sources: {label}"
+    if isinstance(error, ValueError) and re.search(r"[Uu]nknown split|Bad split|Should be one of", text):
+        return UserError(text.splitlines()[0], where=where, fix="set data.sources.split to one of these")
+    if isinstance(error, ValueError) and ("BuilderConfig" in text or "Config name is missing" in text):
+        return UserError(" ".join(text.split()), where=where, fix="set data.sources.subset to one of these")
+    if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
+        return UserError(f"{hub} holds no data files that can be read", where=where, fix="check the id and the subset")
+    if isinstance(error, RuntimeError) and "scripts are no longer supported" in text:
+        return UserError(
+            f"{hub} is a dataset script; no code of the hub is run", where=where, fix="use a copy in Parquet, or a file"
+        )
+    from gemma_tune.plan.hub import explain
+
+    return explain(error, hub)
+
+
+# ------------------------------------------------------------------------------------------------- a function by path
+
+
+def _function_rows(name: str) -> Iterator[Row]:
+    path_text, _, function_name = name.partition(".py")
+    path, function_name = Path(path_text + ".py").expanduser(), function_name.lstrip(":")
+    if not path.is_file():
+        raise UserError("no such file", where=str(path), fix="paths are relative to the working directory")
+    if not function_name:
+        raise UserError("which function of the file?", where=name, fix=f"write {path}:NAME")
+    module = _module(path)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(function_name, defined, 1) or defined[:3]
+        raise UserError(
+            f"has no function {function_name!r}", where=str(path), fix=f"did you mean {', '.join(near)}?" if near else ""
+        )
+    return _called(function, path, function_name)
+
+
+def _module(path: Path) -> Any:
+    """Run the file under a name of its own. It is the user's own code, named on the user's own command line."""
+    spec = importlib.util.spec_from_file_location(f"_gemma_tune_source_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError("cannot be imported", where=str(path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _raised(error, path) from error
+    return module
+
+
+def _called(function: Callable[[], Any], path: Path, name: str) -> Iterator[Row]:
+    try:
+        found = function()
+        if isinstance(found, (str, bytes, Mapping, Conversation, Document)) or not hasattr(found, "__iter__"):
+            raise UserError(
+                f"{name} returned {type(found).__name__}, not rows", where=str(path), fix="yield one dict per row"
+            )
+        for number, row in enumerate(found, 1):
+            yield Row(number, row, f"{path}:{name} row {number:,}")
+    except GemmaTuneError:
+        raise
+    except Exception as error:
+        raise _raised(error, path) from error
+
+
+def _raised(error: Exception, path: Path) -> UserError:
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return UserError(f"SyntaxError: {error.msg}", where=f"{path}:{error.lineno}", fix="correct the file")
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    place = f"{path}:{lines[-1]}" if lines else str(path)
+    return UserError(f"{type(error).__name__}: {error}", where=place, fix="correct the function")
