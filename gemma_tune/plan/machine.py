@@ -1,0 +1,256 @@
+"""What a machine can do: the facts that decide about types, attention and memory.
+
+`MACHINES` holds machines that can be planned for without owning one; `probe` looks at this one with torch,
+`glance` looks at it without torch (for commands that must answer at once).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from gemma_tune.errors import AccessError, UserError
+
+MIB = 2**20
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One machine, as a plan needs to know it.
+
+    Attributes:
+        name: how it is called: a key of `MACHINES`, or what the driver calls the device.
+        device: `cpu` or `cuda`.
+        gpus: devices that this process can see; 0 on a CPU.
+        memory_bytes: memory of ONE device (a GPU's memory, or what this process may use of the CPU's).
+        bf16: bfloat16 matrix products run natively. Elsewhere they are emulated, correct but slow.
+        compute_capability: CUDA compute capability, None on a CPU.
+        flash_attention: FlashAttention 2 can run: Ampere or newer (its README names Ampere, Ada and Hopper).
+        world_size: processes that train together, one a device.
+    """
+
+    name: str
+    device: Literal["cpu", "cuda"]
+    gpus: int
+    memory_bytes: int
+    bf16: bool
+    compute_capability: tuple[int, int] | None = None
+    flash_attention: bool = False
+    world_size: int = 1
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts for `Plan.machine`."""
+        return {
+            "name": self.name,
+            "device": self.device,
+            "gpus": self.gpus,
+            "memory_bytes": self.memory_bytes,
+            "bf16": self.bf16,
+            "compute_capability": list(self.compute_capability) if self.compute_capability else None,
+            "flash_attention": self.flash_attention,
+            "world_size": self.world_size,
+        }
+
+
+def _gpu(name: str, mebibytes: int, capability: tuple[int, int], count: int = 1) -> Machine:
+    """A CUDA machine. bf16 and FlashAttention 2 both begin with compute capability 8.0 (Ampere)."""
+    ampere = capability >= (8, 0)
+    return Machine(name, "cuda", count, mebibytes * MIB, ampere, capability, ampere, world_size=count)
+
+
+# Memory is what nvidia-smi reports, which is what a driver hands out; it is below the number on the box where ECC
+# takes its share. T4, L4, A100 and H100: list in modal-labs/modal-client pull request 2797; RTX 4090: 24,564 MiB.
+# Compute capabilities: developer.nvidia.com/cuda-gpus.
+MACHINES: dict[str, Machine] = {
+    # A laptop: 16 GiB, and no AVX512-BF16 or AMX, which few laptops have.
+    "cpu": Machine("cpu", "cpu", 0, 16 * GIB, bf16=False),
+    "t4": _gpu("t4", 15_360, (7, 5)),
+    "l4": _gpu("l4", 23_034, (8, 9)),
+    "rtx4090": _gpu("rtx4090", 24_564, (8, 9)),
+    "a100": _gpu("a100", 40_960, (8, 0)),
+    "a100-80gb": _gpu("a100-80gb", 81_920, (8, 0)),
+    "h100": _gpu("h100", 81_559, (9, 0)),
+    "8xh100": _gpu("8xh100", 81_559, (9, 0), count=8),
+}
+
+
+def named_machine(name: str) -> Machine:
+    """A machine of the table.
+
+    Raises:
+        UserError: the table has no such machine.
+    """
+    try:
+        return MACHINES[name]
+    except KeyError:
+        raise UserError(f"unknown machine '{name}'", where="--machine", fix=f"one of: {', '.join(MACHINES)}") from None
+
+
+def world_size_of(environment: Mapping[str, str]) -> int:
+    """Processes of this launch: `WORLD_SIZE`, as torchrun and accelerate set it; 1 without a launcher.
+
+    Raises:
+        AccessError: the variable is set and is not a positive number.
+    """
+    text = environment.get("WORLD_SIZE", "1")
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise AccessError(
+            f"the environment variable WORLD_SIZE is {text!r}, which is no number of processes",
+            fix="unset it, or start with torchrun or accelerate launch",
+        )
+    return int(text)
+
+
+def probe(world_size: int = 1) -> Machine:
+    """This machine, asked through torch. Imports torch.
+
+    Args:
+        world_size: processes of this launch (`world_size_of(os.environ)`).
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return cpu_machine(world_size=world_size)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = (properties.major, properties.minor)
+    return Machine(
+        name=properties.name,
+        device="cuda",
+        gpus=torch.cuda.device_count(),
+        memory_bytes=properties.total_memory,
+        bf16=capability >= (8, 0),
+        compute_capability=capability,
+        flash_attention=capability >= (8, 0),
+        world_size=world_size,
+    )
+
+
+def glance(environment: Mapping[str, str], world_size: int = 1) -> Machine:
+    """This machine without torch: nvidia-smi where there is one, otherwise the CPU's own files.
+
+    Honours `CUDA_VISIBLE_DEVICES` where it lists indices. The run asks `probe`, whose answer counts.
+    """
+    gpus = visible_gpus(_ask_nvidia_smi(), environment.get("CUDA_VISIBLE_DEVICES"))
+    if not gpus:
+        return cpu_machine(world_size=world_size)
+    # The first visible device is the one a single process trains on.
+    return replace(gpus[0], gpus=len(gpus), world_size=world_size)
+
+
+def _ask_nvidia_smi() -> str:
+    """The driver's list of devices, empty where there is no driver that answers."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    query = [program, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout if answer.returncode == 0 else ""
+
+
+def visible_gpus(table: str, visible: str | None) -> list[Machine]:
+    """GPUs in nvidia-smi's answer that a process may use.
+
+    Args:
+        table: lines of `name, memory in MiB, compute capability`.
+        visible: value of CUDA_VISIBLE_DEVICES: None for all, "" or "-1" for none, else indices (UUIDs are taken as
+            "as many as are named", since their order is not in the table).
+    """
+    gpus = []
+    for line in table.splitlines():
+        fields = [field.strip() for field in line.rsplit(",", 2)]
+        capability = re.fullmatch(r"(\d+)\.(\d+)", fields[-1])
+        if len(fields) == 3 and fields[1].isdigit() and capability:
+            gpus.append(_gpu(fields[0], int(fields[1]), (int(capability[1]), int(capability[2]))))
+    if visible is None:
+        return gpus
+    chosen: list[Machine] = []
+    for number, entry in enumerate(part.strip() for part in visible.split(",") if part.strip()):
+        index = int(entry) if re.fullmatch(r"-?\d+", entry) else number
+        if not 0 <= index < len(gpus):  # CUDA ignores everything from the first invalid entry on
+            break
+        chosen.append(gpus[index])
+    return chosen
+
+
+def cpu_machine(world_size: int = 1, root: Path = Path("/")) -> Machine:
+    """This computer's CPU: memory from /proc/meminfo, lowered by any cgroup limit; bf16 from /proc/cpuinfo.
+
+    Args:
+        root: where `proc` and `sys` are mounted, for tests.
+    """
+    information = _read(root / "proc/cpuinfo")
+    # A dedicated instruction (AVX512-BF16, AMX, or Arm's BF16) decides whether bf16 is faster than fp32. x86 lists
+    # its features under "flags", Arm under "Features".
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", information, re.MULTILINE)
+    flags = set(match[1].split()) if match else set()
+    bf16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    model = re.search(r"^model name\s*:\s*(.+)$", information, re.MULTILINE)
+    name = f"cpu ({model[1].strip()})" if model else "cpu"
+    # Processes on one computer share its memory.
+    return Machine(name, "cpu", 0, cpu_memory(root) // world_size, bf16=bf16, world_size=world_size)
+
+
+def cpu_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may use: total memory or the tightest cgroup limit (version 1 or 2) above it.
+
+    Raises:
+        AccessError: neither /proc/meminfo nor the system's own answer tells the size of the memory.
+    """
+    sizes = _cgroup_limits(root)
+    match = re.search(r"^MemTotal:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    if match:
+        sizes.append(int(match[1]) * 1024)
+    else:  # macOS has no /proc
+        import os
+
+        try:
+            sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (ValueError, OSError, AttributeError):
+            if not sizes:
+                raise AccessError(
+                    "this system does not tell how much memory it has", fix="plan for a named machine: --machine cpu"
+                ) from None
+    return min(sizes)
+
+
+def _cgroup_limits(root: Path) -> list[int]:
+    """Memory limits of this process's control group and of the groups above it.
+
+    The limit of a group binds all groups below it. Inside a container the group's own path often is not mounted, and
+    its limit stands at the root of the mount instead; so each folder from the path up to the root is asked.
+    """
+    limits = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers == "":
+            mount, file = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        folder = mount / path.lstrip("/")
+        for candidate in (folder, *folder.parents):
+            text = _read(candidate / file).strip()
+            # "max" (version 2) and a number near 2**63 (version 1) mean no limit.
+            if text.isdigit() and int(text) < 2**60:
+                limits.append(int(text))
+            if candidate == mount:
+                break
+    return limits
+
+
+def _read(path: Path) -> str:
+    """A small system file, empty where it does not exist or may not be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,344 @@
+"""What a run will need of one device's memory, term by term.
+
+An estimate by arithmetic: nothing is loaded. What is kept for the backward pass was checked against the tensors that
+autograd really saves (tests/seams/test_memory_terms.py); what could only be assumed says "assumption" in its formula.
+
+Units are bytes. `d` is the size of the compute type: 2 for bf16 and fp16, 4 for fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from gemma_tune.gemma.families import FAMILIES
+from gemma_tune.gemma.shape import Layer, Parameters, Shape, count, layers_of
+from gemma_tune.plan.machine import GIB, MIB
+from gemma_tune.plan.types import MemoryTerm
+
+# bitsandbytes quantises NF4 weights in blocks of 64 with one constant each; double quantisation quantises 256 of those
+# to 8 bits with one fp32 constant (QLoRA, arXiv 2305.14314, section 3).
+NF4_BLOCK = 64
+NF4_CONSTANTS_BLOCK = 256
+
+# TRL 1.16 scores tiles of 4,096 tokens x 32,768 words (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
+HEAD_TOKENS = 4096
+HEAD_WORDS = 32_768
+# Our head for a CPU holds about three fp32 buffers of 128 MiB (train/loss_head.py).
+CPU_HEAD_BYTES = 3 * 128 * MIB
+
+# Bytes that an optimizer keeps a trained parameter. 8-bit: two states of one byte and an fp32 constant for 256 values.
+OPTIMIZER_BYTES = {
+    "adamw_torch": 8.0,
+    "adamw_torch_fused": 8.0,
+    "paged_adamw_32bit": 8.0,
+    "adamw_8bit": 2 + 8 / 256,
+    "paged_adamw_8bit": 2 + 8 / 256,
+}
+
+# The CUDA context (0.7 to 0.8 GB in PyTorch's forum, threads 73021 and 81330), cuBLAS's workspace, and what the
+# caching allocator loses to rounding and fragments.
+CUDA_OVERHEAD = GIB
+# Resident after importing torch 2.13, transformers 5.23, peft and trl 1.16 on Linux: 0.49 GiB; the rest is for data.
+CPU_OVERHEAD = 3 * GIB // 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What decides about memory, apart from the model's shape.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        quantization, double_quantization: how the linear layers are held.
+        weight_bytes: bytes of a weight that is not quantised (4 for the fp32 masters of a full fine-tune).
+        compute_bytes: bytes of an activation, `d`.
+        autocast: whether torch.autocast casts (then adapters compute in `d` as well).
+        rank: of LoRA; 0 for a full fine-tune.
+        targets: LoRA preset, a key of `Parameters.lora_per_rank`.
+        dropout: whether LoRA's dropout is above 0.
+        dora: whether LoRA is weight-decomposed.
+        optimizer: name that SFTConfig's `optim` takes.
+        rows, length: rows in one pass, and tokens in a row.
+        masked: whether attention sees a mask of length x length (packed rows, or padding).
+        attention: attention implementation.
+        checkpointing: whether activations are recomputed.
+        world_size: processes that train together.
+    """
+
+    device: Literal["cpu", "cuda"]
+    quantization: Literal["nf4", "int8", "none"]
+    double_quantization: bool
+    weight_bytes: int
+    compute_bytes: int
+    autocast: bool
+    rank: int
+    targets: str
+    dropout: bool
+    dora: bool
+    optimizer: str
+    rows: int
+    length: int
+    masked: bool
+    attention: str
+    checkpointing: bool
+    world_size: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def estimate(shape: Shape, work: Workload) -> tuple[MemoryTerm, ...]:
+    """The memory of one process at its peak, the backward pass of an optimizer step.
+
+    Terms of 0 bytes are left out.
+    """
+    parameters = count(shape)
+    terms = [
+        *_weights(parameters, shape, work),
+        *_training(parameters, shape, work),
+        *_activations(shape, work),
+        _loss_head(shape, work),
+        _workspace(shape, work),
+        _overhead(work),
+    ]
+    return tuple(term for term in terms if term.bytes)
+
+
+def total(terms: Iterable[MemoryTerm]) -> int:
+    """Bytes of all terms together."""
+    return sum(term.bytes for term in terms)
+
+
+def linear_bytes(work: Workload) -> tuple[float, str]:
+    """Bytes of one weight in a linear layer of the decoder, and the formula."""
+    if work.quantization == "nf4":
+        if work.double_quantization:
+            constants = 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_CONSTANTS_BLOCK)
+            return 0.5 + constants, "(1/2 + 1/64 + 4/(64 x 256)) B: NF4, its constants quantised again"
+        return 0.5 + 4 / NF4_BLOCK, "(1/2 + 4/64) B: NF4 with fp32 constants"
+    if work.quantization == "int8":
+        return 1.0, "1 B: int8"
+    return float(work.weight_bytes), f"{work.weight_bytes} B"
+
+
+def _term(name: str, size: float, formula: str) -> MemoryTerm:
+    return MemoryTerm(name, round(size), formula)
+
+
+def _weights(parameters: Parameters, shape: Shape, work: Workload) -> list[MemoryTerm]:
+    each, formula = linear_bytes(work)
+    wide = work.weight_bytes
+    plain = f"x {wide} B"
+    terms = [_term("linear layers", parameters.linear * each, f"{parameters.linear:,} x {formula}")]
+    if work.quantization == "int8":
+        rows = sum(outputs for layer in layers_of(shape) for _, outputs in _projections(shape, layer))
+        terms.append(_term("scales of int8 rows", 4 * rows, f"{rows:,} rows x 4 B"))
+    why = ", never quantised" if work.quantization != "none" else ""
+    for name, size in (
+        ("embedding and head" if not shape.tied else "embedding (also the head)", parameters.embedding),
+        ("per-layer embedding", parameters.per_layer_embedding),
+        ("experts", parameters.experts),
+        ("norms and small layers", parameters.norms_and_rest),
+    ):
+        terms.append(_term(name, size * wide, f"{size:,} {plain}{why}"))
+    towers = parameters.towers or 0
+    upper = ", at most: what of them is linear is quantised too" if work.quantization != "none" else ""
+    terms.append(_term("vision and audio towers", towers * wide, f"{towers:,} {plain}{upper}"))
+    return terms
+
+
+def trained_parameters(parameters: Parameters, work: Workload) -> int:
+    """Parameters that receive gradients: the adapter, or the text decoder (towers stay frozen)."""
+    return work.rank * parameters.lora_per_rank[work.targets] if work.rank else parameters.text
+
+
+def _training(parameters: Parameters, shape: Shape, work: Workload) -> list[MemoryTerm]:
+    trained = trained_parameters(parameters, work)
+    what = "adapter" if work.rank else "model"
+    terms = []
+    if work.rank:
+        pairs = parameters.lora_per_rank[work.targets]
+        terms.append(_term("adapter", 4 * trained, f"r {work.rank} x {pairs:,} x 4 B: fp32"))
+    terms.append(_term(f"gradients of the {what}", 4 * trained, f"{trained:,} x 4 B: fp32"))
+    if work.optimizer == "adafactor":
+        # A row and a column of statistics a matrix, instead of the matrix.
+        factored = trained / (work.rank or shape.hidden / 2)
+        terms.append(_term("optimizer state", 4 * factored, f"{round(factored):,} x 4 B: rows and columns (adafactor)"))
+    else:
+        terms.append(_optimizer_state(parameters, trained, work))
+    if not work.rank and work.autocast:
+        copies = parameters.linear + parameters.experts
+        terms.append(
+            _term("weights in compute type", work.compute_bytes * copies, f"{copies:,} x d: autocast's copies")
+        )
+    if work.world_size > 1:
+        terms.append(_term("gradient buckets", 4 * trained, f"{trained:,} x 4 B: what DistributedDataParallel sends"))
+    return terms
+
+
+def _optimizer_state(parameters: Parameters, trained: int, work: Workload) -> MemoryTerm:
+    each = OPTIMIZER_BYTES[work.optimizer]
+    # transformers asks bitsandbytes for 32-bit states of embeddings (Trainer.get_optimizer_cls_and_kwargs).
+    wide = 0 if work.rank or each == 8 else parameters.embedding + parameters.per_layer_embedding
+    formula = f"{trained - wide:,} x {each:.4g} B: two moments ({work.optimizer})"
+    if wide:
+        formula += f" + {wide:,} x 8 B: embeddings keep 32 bits"
+    return _term("optimizer state", (trained - wide) * each + wide * 8, formula)
+
+
+def _activations(shape: Shape, work: Workload) -> list[MemoryTerm]:
+    layers = [layer_bytes(shape, layer, work) for layer in layers_of(shape)]
+    kept = f"{work.tokens:,} tokens ({work.rows} x {work.length})"
+    terms = []
+    if work.checkpointing:
+        streams = shape.altup_inputs or 1
+        # A full fine-tune keeps its residual stream in fp32: autocast casts what enters a matrix product only.
+        stream = shape.hidden * streams * (work.compute_bytes if work.rank else work.weight_bytes)
+        terms.append(
+            _term("layer inputs", work.tokens * shape.layers * stream, f"{kept} x {shape.layers} layers x {stream:,} B")
+        )
+        terms.append(
+            _term(
+                "one layer, recomputed",
+                work.tokens * max(layers),
+                f"{kept} x {round(max(layers)):,} B: the largest layer",
+            )
+        )
+    else:
+        mean = sum(layers) / len(layers)
+        formula = f"{kept} x {shape.layers} layers x {round(mean):,} B on average, no recomputation"
+        terms.append(_term("activations", work.tokens * sum(layers), formula))
+    if work.masked and work.attention != "flash_attention_2":
+        kinds = 1 if shape.sliding_window is None else 2
+        each = work.compute_bytes if work.attention == "eager" else 1
+        size = work.rows * work.length**2 * kinds * each
+        terms.append(_term("attention masks", size, f"{work.rows} x {work.length}^2 x {kinds} kinds x {each} B"))
+    return terms
+
+
+def _projections(shape: Shape, layer: Layer) -> list[tuple[int, int]]:
+    """(inputs, outputs) of the seven linear layers, fewer where keys or values are shared."""
+    queries, keys = shape.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    attention = [(shape.hidden, queries), (queries, shape.hidden)]
+    attention += [(shape.hidden, keys)] * (layer.has_k + layer.has_v)
+    return attention + _mlp_projections(shape, layer)
+
+
+def _mlp_projections(shape: Shape, layer: Layer) -> list[tuple[int, int]]:
+    return [(shape.hidden, layer.intermediate)] * 2 + [(layer.intermediate, shape.hidden)]
+
+
+def layer_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
+    """Bytes a token that autograd keeps for the backward pass of one decoder layer."""
+    return (
+        _norm_bytes(shape, layer, work)
+        + _attention_bytes(shape, layer, work)
+        + _mlp_bytes(shape, layer, work)
+        + _update_bytes(shape, layer, work)
+    )
+
+
+def _norm_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
+    """RMSNorm computes in fp32 and keeps its input, for trained weights its result as well."""
+    family = FAMILIES[shape.family]
+    width = family.norms_per_layer * shape.hidden
+    if family.qk_norm:
+        width += shape.heads * layer.head_dim + layer.kv_heads * layer.head_dim * layer.has_k
+    if shape.per_layer_dim:
+        width += shape.hidden
+    kept = 4 * width * (1 if work.rank else 2)
+    # AltUp (Gemma 3n): predicts and corrects all streams, each once.
+    return kept + 2 * shape.altup_inputs * shape.hidden * work.compute_bytes
+
+
+def _attention_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
+    """Queries, keys and values (repeated to one a query head), the result, and what the kind of attention keeps."""
+    d, queries = work.compute_bytes, shape.heads * layer.head_dim
+    if work.attention == "flash_attention_2":
+        return d * (2 * queries + 2 * layer.kv_heads * layer.head_dim) + 4 * shape.heads
+    if work.attention == "eager":
+        # Scores: softmax in fp32 and its copy in d, and tanh's result where scores are capped.
+        capped = FAMILIES[shape.family].attention_softcap is not None
+        return d * 3 * queries + shape.heads * work.length * (4 + d * (2 if capped else 1))
+    # sdpa turns a boolean mask into one of its own type in every layer, and keeps it.
+    mask = d * work.length if work.masked else 0
+    return d * 4 * queries + 4 * shape.heads + mask
+
+
+def _mlp_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
+    """Gate before and after its activation, and up; the same for the experts that a token visits."""
+    d = work.compute_bytes
+    kept = 3 * layer.intermediate * d + 2 * shape.per_layer_dim * d
+    if shape.experts:
+        kept += shape.experts_per_token * (3 * shape.expert_dim + shape.hidden) * d
+    return kept
+
+
+def _update_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
+    """What the weight gradients need: inputs of the adapters, or of the linear layers in a full fine-tune."""
+    d = work.compute_bytes
+    pairs = _projections(shape, layer)
+    if not work.rank:
+        return d * sum(inputs for inputs, _ in pairs)
+    if work.targets != "all-linear":
+        mlp = _mlp_projections(shape, layer)
+        pairs = mlp if work.targets == "mlp" else pairs[: -len(mlp)]
+    each = d if work.autocast else 4  # without autocast peft casts what enters an adapter to the adapter's fp32
+    kept = work.rank * each * len(pairs)
+    if work.dropout:
+        # The mask is a byte an element on CUDA, and a tensor of the input's type on a CPU.
+        kept += (each + (each if work.device == "cpu" else 1)) * sum(inputs for inputs, _ in pairs)
+    elif each != d:  # a cast copy for each adapter
+        kept += each * sum(inputs for inputs, _ in pairs)
+    else:  # q, k and v share one input, so do gate and up
+        kept += each * sum(_shared_inputs(shape, layer, work.targets))
+    if work.dora:
+        # DoRA scales the base's result and LoRA's: about three more fp32 values an output.
+        kept += 12 * sum(outputs for _, outputs in pairs)
+    return kept
+
+
+def _shared_inputs(shape: Shape, layer: Layer, targets: str) -> list[int]:
+    attention = [shape.hidden, shape.heads * layer.head_dim]
+    mlp = [shape.hidden, layer.intermediate]
+    return {"attention": attention, "mlp": mlp, "all-linear": attention + mlp}[targets]
+
+
+def _loss_head(shape: Shape, work: Workload) -> MemoryTerm:
+    """Hidden states and their gradient in fp32, and the tile of logits that exists at a time."""
+    hidden = work.tokens * shape.hidden * 8
+    formula = f"{work.tokens:,} tokens x {shape.hidden:,} x 8 B"
+    if not work.rank:
+        # TRL accumulates the head's gradient in fp32 beside the embedding's own.
+        weight = shape.vocab * shape.hidden * 4
+        hidden += weight
+        formula += f" + {shape.vocab * shape.hidden:,} x 4 B: its own gradient"
+    elif work.device == "cpu":
+        return _term("loss head", hidden + CPU_HEAD_BYTES, f"{formula} + 3 buffers of 128 MiB")
+    rows, words = min(work.tokens, HEAD_TOKENS), min(shape.vocab, HEAD_WORDS)
+    return _term(
+        "loss head", hidden + rows * words * work.compute_bytes, f"{formula} + {rows:,} x {words:,} x d: one tile"
+    )
+
+
+def _workspace(shape: Shape, work: Workload) -> MemoryTerm:
+    """Passing buffers of a backward pass: gradients inside one MLP, and one weight brought back to the compute type."""
+    width = max(layer.intermediate for layer in layers_of(shape))
+    gradients = work.tokens * width * (2 * work.compute_bytes + 4)
+    formula = f"assumption: {work.tokens:,} tokens x {width:,} x (2 d + 4) B"
+    weight = shape.hidden * width
+    if work.quantization != "none":
+        gradients += weight * work.compute_bytes
+        formula += f" + {weight:,} x d: one dequantised weight"
+    if work.dora:
+        gradients += 2 * weight * 4
+        formula += f" + {2 * weight:,} x 4 B: DoRA's weight norm"
+    return _term("passing buffers", gradients, formula)
+
+
+def _overhead(work: Workload) -> MemoryTerm:
+    if work.device == "cuda":
+        return _term("CUDA and allocator", CUDA_OVERHEAD, "assumption: context, cuBLAS workspace, fragments")
+    return _term("Python and libraries", CPU_OVERHEAD, "measured 0.5 GiB after imports; the rest is an assumption")
