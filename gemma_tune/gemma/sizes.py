@@ -112,7 +112,7 @@ def _shape(name: str, text_type: str, text: Mapping[str, Any], tied: bool) -> Sh
     layers = int(text["num_hidden_layers"])
     global_layers = _global_layers(text_type, text, layers)
     # transformers writes differing layers as {"05": {"head_dim": 512, ...}}; older configs have two keys of their own.
-    overrides = next(iter((text.get("per_layer_config") or {}).values()), {})
+    overrides: Mapping[str, Any] = next(iter((text.get("per_layer_config") or {}).values()), {})
     global_head_dim = overrides.get("head_dim", text.get("global_head_dim"))
     k_eq_v = bool(text.get("attention_k_eq_v", False))
     global_kv_heads = overrides.get("num_key_value_heads", text.get("num_global_key_value_heads") if k_eq_v else None)
@@ -157,8 +157,8 @@ def _global_layers(text_type: str, text: Mapping[str, Any], layers: int) -> tupl
     if kinds:
         found = tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
     else:
-        every = int(text.get("sliding_window_pattern") or _GLOBAL_EVERY.get(text_type, 6))
-        found = every(every, layers)
+        step = int(text.get("sliding_window_pattern") or _GLOBAL_EVERY.get(text_type, 6))
+        found = every(step, layers)
     if text_type.startswith("gemma4") and layers - 1 not in found:
         found = (*found, layers - 1)  # hf: the last layer of a Gemma 4 is forced to full attention
     return found
