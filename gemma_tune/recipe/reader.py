@@ -1,0 +1,399 @@
+"""A recipe file and overrides -> Recipe, or every finding at once, each with its line and its remedy.
+
+Four steps: parse the file, write the overrides into the tree, compare the tree with the schema (unknown keys, text
+that YAML would take for a number), then let pydantic and the rules judge the values. Each later step goes on as well as
+it can after findings of an earlier one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from gemma_tune.console import TOKEN, quoted
+from gemma_tune.errors import Problem, UserError
+from gemma_tune.recipe import yaml
+from gemma_tune.recipe.expectations import describe, fix_for, resolve_schema, shown
+from gemma_tune.recipe.names import ELSEWHERE, NOT_IN_A_RECIPE, SECRETS, did_you_mean, nearest
+from gemma_tune.recipe.overrides import PLACE, apply, parse_overrides
+from gemma_tune.recipe.rules import clashes, secret_in
+from gemma_tune.recipe.schema import Recipe
+from gemma_tune.recipe.yaml import COMMAND_LINE, Node
+
+__all__ = ["parse_overrides", "read_recipe", "recipe_schema"]
+
+KeyPath = tuple[str, ...]
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe at `path` and apply `overrides` (`a.b=c`, `--a.b c`, `--a.b=c`) in order.
+
+    Raises:
+        UserError: with every finding; a file that cannot be parsed at all has only one.
+    """
+    return _read(yaml.load(path), overrides)
+
+
+def read_recipe_text(text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """The same for a recipe that is already in memory; errors call it `name`."""
+    return _read(yaml.parse(text, name), overrides)
+
+
+def _read(document: yaml.Document, overrides: Sequence[str]) -> Recipe:
+    reader = _Reader(document)
+    reader.override(overrides)
+    data = reader.compare(document.root, recipe_schema(), ())
+    recipe = reader.judge(data)
+    reader.find_secrets()
+    if reader.problems:
+        raise UserError.of(sorted(reader.problems, key=reader.order))
+    assert recipe is not None
+    return recipe
+
+
+@functools.cache
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, for editors. Do not change the returned dict."""
+    schema = Recipe.model_json_schema()
+    _repair_bounds(schema)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "gemma-tune recipe",
+    }
+
+
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def _repair_bounds(schema: Any) -> None:
+    """Behind a validator function pydantic writes bounds under its own names; JSON Schema has others."""
+    if isinstance(schema, list):
+        for item in schema:
+            _repair_bounds(item)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "number":
+            for ours, theirs in _BOUNDS.items():
+                if ours in schema:
+                    schema[theirs] = schema.pop(ours)
+        for item in schema.values():
+            _repair_bounds(item)
+
+
+class _Reader:
+    """Collects the findings about one document."""
+
+    def __init__(self, document: yaml.Document) -> None:
+        self.document = document
+        self.root = document.root
+        self.problems: list[Problem] = list(document.problems)
+        self.tainted: set[KeyPath] = set()
+
+    # Places
+
+    def node_at(self, path: KeyPath) -> tuple[Node, int]:
+        """The node at `path`, or its deepest parent that exists; and how many keys of `path` lead to it."""
+        node, depth = self.root, 0
+        for key in path:
+            if isinstance(node.value, dict) and key in node.value:
+                node = node.value[key]
+            elif isinstance(node.value, list) and key.isdecimal() and int(key) < len(node.value):
+                node = node.value[int(key)]
+            else:
+                break
+            depth += 1
+        return node, depth
+
+    def where(self, path: KeyPath, node: Node) -> str:
+        dotted = ".".join(path)
+        if node.line == COMMAND_LINE:
+            return f"{PLACE}: {dotted}"
+        return f"{self.document.name}:{node.line}: {dotted}"
+
+    def place(self, dotted: str) -> str:
+        """Where a value comes from, in words."""
+        path = tuple(dotted.split("."))
+        node, depth = self.node_at(path)
+        if depth < len(path):
+            return "default"
+        return PLACE if node.line == COMMAND_LINE else f"line {node.line}"
+
+    def add(self, path: KeyPath, node: Node, what: str, fix: str = "") -> None:
+        where = self.where(path, node)
+        self.problems.append(Problem(what, where, fix))
+        self.tainted.add(path)
+
+    def order(self, problem: Problem) -> tuple[bool, int]:
+        """Sort key: the file's findings by line, then the command line's."""
+        if problem.where.startswith(PLACE):
+            return True, 0
+        line = problem.where.removeprefix(f"{self.document.name}:").partition(":")[0]
+        return False, int(line) if line.isdecimal() else 0
+
+    # Step 2: overrides
+
+    def override(self, arguments: Sequence[str]) -> None:
+        try:
+            overrides = parse_overrides(arguments)
+        except UserError as error:
+            self.problems.extend(error.problems)
+            return
+        for override in overrides:
+            problem = apply(override, self.root)
+            if problem:
+                self.problems.append(problem)
+
+    # Step 3: the tree against the schema
+
+    def compare(self, node: Node, schema: Mapping[str, Any], path: KeyPath) -> Any:
+        """Plain data for pydantic. Unknown keys are reported and left out."""
+        options = resolve_schema(schema, recipe_schema())
+        if node.raw is not None and _takes_text(options) and not _is_null(node, options):
+            return self.verbatim(node, path)
+        if node.error is not None:
+            self.problems.append(Problem(node.error.what, self.where(path, node), node.error.fix))
+            self.tainted.add(path)
+            return None
+        if isinstance(node.value, dict):
+            return self.compare_mapping(node, node.value, options, path)
+        if isinstance(node.value, list):
+            items = next((option["items"] for option in options if "items" in option), {})
+            return [self.compare(item, items, (*path, str(index))) for index, item in enumerate(node.value)]
+        if isinstance(node.value, float) and not math.isfinite(node.value):
+            self.add(path, node, f"{node.text} is not a finite number", "write a finite number")
+        if node.plain and node.value is not None and _takes_text(options):
+            return node.text
+        if node.value is None and not node.text and any("properties" in option for option in options):
+            self.add(path, node, "is empty", self.empty_fix(path, options))
+        return node.value
+
+    def verbatim(self, node: Node, path: KeyPath) -> str:
+        raw = node.raw or ""
+        if yaml.FORBIDDEN.search(raw):
+            self.add(path, node, "holds a control character or undecodable bytes", "remove them")
+        return raw
+
+    def empty_fix(self, path: KeyPath, options: Sequence[Mapping[str, Any]]) -> str:
+        if any(option.get("type") == "null" for option in options):
+            return "remove the line for LoRA's defaults, or write `adapter: null` to train all weights"
+        return f"remove the line `{path[-1]}:`, or write keys under it"
+
+    def compare_mapping(
+        self, node: Node, value: dict[str, Node], options: Sequence[Mapping[str, Any]], path: KeyPath
+    ) -> dict[str, Any]:
+        option = next((option for option in options if option.get("type") == "object"), None)
+        if option is None:
+            # pydantic will say what is wanted here instead of a section.
+            return dict.fromkeys(value)
+        known = option.get("properties")
+        data = {}
+        for key, child in value.items():
+            if known is not None and key not in known:
+                self.unknown((*path, key), child, list(known))
+            else:
+                schema = known[key] if known is not None else option.get("additionalProperties", {})
+                data[key] = self.compare(child, schema if isinstance(schema, dict) else {}, (*path, key))
+        return data
+
+    def unknown(self, path: KeyPath, node: Node, siblings: list[str]) -> None:
+        if path[-1].lower() in SECRETS:
+            return  # find_secrets() speaks about it
+        what, fix = explain_unknown(path, siblings, is_section=isinstance(node.value, (dict, list)))
+        self.add(path, node, what, fix)
+
+    # Step 4: values
+
+    def judge(self, data: Any) -> Recipe | None:
+        """Validate; after findings, repair a copy so that contradictions elsewhere are found in the same go."""
+        recipe = None
+        for _ in range(4):
+            try:
+                recipe = Recipe.model_validate(data)
+                break
+            except ValidationError as error:
+                for path, missing, message in self.grouped(error):
+                    self.report(path, missing, message)
+                    _patch(data, path)
+        if recipe is not None:
+            for clash in clashes(recipe, self.place):
+                self.report_clash(clash.keys, clash.what, clash.fix)
+        return recipe
+
+    def grouped(self, error: ValidationError) -> Iterator[tuple[KeyPath, bool, str]]:
+        """(path, is missing, message of a validator) once a place: a union reports each of its branches apart."""
+        seen: set[KeyPath] = set()
+        for item in error.errors(include_url=False):
+            location = tuple(map(str, item["loc"]))
+            missing = item["type"] == "missing"
+            path = location if missing else location[: self.node_at(location)[1]]
+            if path not in seen:
+                seen.add(path)
+                yield path, missing, str(item["ctx"]["error"]) if item["type"] == "value_error" else ""
+
+    def report(self, path: KeyPath, missing: bool, message: str) -> None:
+        if any(path[: len(bad)] == bad for bad in self.tainted) or path in self.tainted:
+            return
+        node, _ = self.node_at(path)
+        options = resolve_schema(_schema_at(path), recipe_schema())
+        if missing:
+            self.add(path, node, "is missing", _example(path))
+        elif message:
+            self.add(path, node, message)
+        else:
+            self.add(path, node, f"needs {describe(options)}, got {shown(node)}", fix_for(path, node, options))
+
+    def report_clash(self, keys: tuple[str, ...], what: str, fix: str) -> None:
+        paths = [tuple(key.split(".")) for key in keys]
+        for path in paths:
+            if any(path[: len(bad)] == bad or bad[: len(path)] == path for bad in self.tainted):
+                return
+        written = next((path for path in paths if self.node_at(path)[1] == len(path)), paths[0])
+        node, _ = self.node_at(written)
+        # The text names the keys itself.
+        where = self.where(written, node).removesuffix(f": {'.'.join(written)}")
+        self.problems.append(Problem(what, where, fix))
+
+    # Secrets
+
+    def find_secrets(self) -> None:
+        lines = set()
+        for path, node in _scalars(self.root, ()):
+            found = secret_in(path, node.raw if node.raw is not None else node.text)
+            if found and node.text + (node.raw or "") != "":
+                self.add(path, node, *found)
+                lines.add(node.line)
+        for number, line in enumerate(self.document.text.splitlines(), start=1):
+            if number not in lines and TOKEN.search(line):
+                where = f"{self.document.name}:{number}"
+                what = "an access token: secrets do not belong in recipes, which are copied into run folders"
+                self.problems.append(Problem(what, where, "remove it, and revoke it if the file was shared"))
+
+
+def _scalars(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Node]]:
+    if isinstance(node.value, dict):
+        for key, child in node.value.items():
+            yield from _scalars(child, (*path, key))
+    elif isinstance(node.value, list):
+        for index, child in enumerate(node.value):
+            yield from _scalars(child, (*path, str(index)))
+    else:
+        yield path, node
+
+
+def _takes_text(options: Sequence[Mapping[str, Any]]) -> bool:
+    """True where free text is the only thing besides null that the key takes."""
+    kinds = {"text" if option.get("type") == "string" and "enum" not in option and "const" not in option else "other"
+             for option in options if option.get("type") != "null"}  # fmt: skip
+    return kinds == {"text"}
+
+
+def _is_null(node: Node, options: Sequence[Mapping[str, Any]]) -> bool:
+    return node.value is None and node.error is None and any(option.get("type") == "null" for option in options)
+
+
+def _schema_at(path: KeyPath) -> Mapping[str, Any]:
+    schema: Mapping[str, Any] = recipe_schema()
+    for key in path:
+        options = resolve_schema(schema, recipe_schema())
+        schema = {}
+        for option in options:
+            if key in option.get("properties", {}):
+                schema = option["properties"][key]
+            elif "items" in option:
+                schema = option["items"]
+            elif isinstance(option.get("additionalProperties"), dict):
+                schema = option["additionalProperties"]
+    return schema
+
+
+_PLACEHOLDERS: dict[str, Any] = {
+    "model": {"name": "placeholder"},
+    "data": {"sources": [{"name": "placeholder"}]},
+    "sources": [{"name": "placeholder"}],
+    "name": "placeholder",
+    "output": "placeholder",
+}
+"""Values for the required keys, with which the search for further findings goes on. No such recipe is ever returned."""
+
+
+def _patch(data: Any, path: KeyPath) -> None:
+    """Take the value at `path` out of `data`, or replace it where something must stand."""
+    for key in path[:-1]:
+        data = data[int(key)] if isinstance(data, list) else data.get(key)
+        if not isinstance(data, (dict, list)):
+            return
+    key = path[-1] if path else ""
+    if isinstance(data, list):
+        data[int(key)] = {"name": "placeholder"} if path[-2] == "sources" else "placeholder"
+    elif key in _PLACEHOLDERS and path[0] != "tracking":
+        data[key] = _PLACEHOLDERS[key]
+    else:
+        data.pop(key, None)
+
+
+_EXAMPLES = {
+    "model": "add `model: {name: google/gemma-3-1b-it}`",
+    "model.name": "add `name: google/gemma-3-1b-it`",
+    "data": "add `data: {sources: [{name: ultrachat}]}`",
+    "data.sources": "add `sources: [{name: ultrachat}]`",
+    "output": "add `output: runs/NAME`",
+}
+
+
+def _example(path: KeyPath) -> str:
+    return _EXAMPLES.get(".".join(path), f"add `{path[-1]}: ...`")
+
+
+@functools.cache
+def known_keys() -> dict[str, tuple[str, ...]]:
+    """Every key of the schema -> the dotted paths where it stands; `data.sources.0` stands for any source."""
+    found: dict[str, list[str]] = {}
+
+    def walk(schema: Mapping[str, Any], prefix: str) -> None:
+        for option in resolve_schema(schema, recipe_schema()):
+            for key, child in option.get("properties", {}).items():
+                found.setdefault(key, []).append(f"{prefix}{key}")
+                walk(child, f"{prefix}{key}.")
+            if "items" in option:
+                walk(option["items"], f"{prefix}0.")
+
+    walk(recipe_schema(), "")
+    return {key: tuple(paths) for key, paths in found.items()}
+
+
+def explain_unknown(path: KeyPath, siblings: Sequence[str], *, is_section: bool) -> tuple[str, str]:
+    """(what, fix) for the unknown key at the end of `path`, whose section knows `siblings`."""
+    key = path[-1]
+    section = ".".join(path[:-1])
+    lowered = key.lower().replace("-", "_")
+    if lowered in siblings:
+        return f"unknown key; did you mean {lowered!r}?", f"write {lowered}"
+    places = known_keys().get(lowered, ())
+    if places:
+        homes = " or ".join(place.rpartition(".")[0] or "the top level" for place in places)
+        return f"unknown key here; it belongs under {homes}", f"write it as {' or '.join(places)}"
+    if lowered in ELSEWHERE:
+        ours, remark = ELSEWHERE[lowered]
+        return f"unknown key; it is called {ours} here", f"use {ours}" + (f" ({remark})" if remark else "")
+    if lowered in NOT_IN_A_RECIPE:
+        return "there is no such key in a recipe", NOT_IN_A_RECIPE[lowered]
+    near = nearest(key, siblings)
+    if near:
+        return f"unknown key; {did_you_mean(near)}", f"write {' or '.join(near)}"
+    # A short word is near to everything, so that only its own section's keys are worth a guess.
+    far = [place for name in nearest(key, known_keys()) for place in known_keys()[name]][:3] if len(key) >= 4 else []
+    if far:
+        return f"unknown key; {did_you_mean(far)}", f"write it as {' or '.join(far)}"
+    foreign = nearest(key, ELSEWHERE, limit=1) if len(key) >= 4 else []
+    if foreign:
+        ours = ELSEWHERE[foreign[0]][0]
+        return f"unknown key; if you mean {foreign[0]!r}, it is called {ours} here", f"use {ours}"
+    return (
+        f"unknown key {quoted(key)}" if not key.isidentifier() else "unknown key",
+        f"known {'in ' + section if section else 'at the top level'}: {', '.join(siblings)}",
+    )

@@ -1,0 +1,156 @@
+"""Rules over several keys: values that are fine one by one and contradict each other, and secrets.
+
+Each clash names both keys with their places. What depends on the machine or on the Gemma generation is `plan/`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from gemma_tune.console import TOKEN
+from gemma_tune.recipe.names import OWNED_BY_RECIPE, SECRETS
+from gemma_tune.recipe.schema import Recipe
+
+Place = Callable[[str], str]
+"""A key path -> where its value comes from: `line 4`, `command line` or `default`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clash:
+    """Values that contradict each other. `keys` are all that take part; the error is shown at the first one written."""
+
+    keys: tuple[str, ...]
+    what: str
+    fix: str
+
+
+def clashes(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    """Every contradiction in `recipe`. `place` says where a key was written."""
+    for rule in (_adapter, _schedule, _batch, _streaming, _holdout, _betas, _trainer):
+        yield from rule(recipe, place)
+
+
+def _adapter(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    quantization = recipe.model.quantization
+    if recipe.adapter is None and quantization != "none":
+        yield Clash(
+            ("adapter", "model.quantization"),
+            f"adapter: null ({place('adapter')}) trains all weights, but model.quantization: {quantization} "
+            f"({place('model.quantization')}) holds them in a form that cannot be trained",
+            "set model.quantization: none, or keep an adapter (remove `adapter: null`)",
+        )
+
+
+def _schedule(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    warmup = recipe.optim.warmup_ratio
+    if recipe.optim.schedule == "constant" and warmup > 0:
+        yield Clash(
+            ("optim.schedule", "optim.warmup_ratio"),
+            f"optim.schedule: constant ({place('optim.schedule')}) has no warm-up, "
+            f"but optim.warmup_ratio: {warmup:g} "
+            f"({place('optim.warmup_ratio')}) asks for one",
+            "set optim.schedule: constant_with_warmup, or optim.warmup_ratio: 0",
+        )
+
+
+def _batch(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    size, micro = recipe.batch.size, recipe.batch.micro
+    if micro == "auto" or size % micro == 0:
+        return
+    lower = size // micro * micro
+    choices = f"{lower} or {lower + micro}" if lower else f"{micro}"
+    yield Clash(
+        ("batch.size", "batch.micro"),
+        f"batch.size: {size} ({place('batch.size')}) is no multiple of batch.micro: {micro} ({place('batch.micro')})",
+        f"set batch.size to {choices}, or batch.micro: auto",
+    )
+
+
+def _streaming(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    data = recipe.data
+    if not data.streaming:
+        return
+    here = f"data.streaming: true ({place('data.streaming')})"
+    if recipe.optim.max_steps is None:
+        yield Clash(
+            ("data.streaming", "optim.max_steps"),
+            f"{here} has no known end, but optim.max_steps ({place('optim.max_steps')}) is not set",
+            "set optim.max_steps",
+        )
+    if 0 < data.holdout < 1:
+        yield Clash(
+            ("data.streaming", "data.holdout"),
+            f"{here} has no known length, but data.holdout: {data.holdout:g} ({place('data.holdout')}) is a share",
+            "set data.holdout to a number of rows, such as 200, or to 0",
+        )
+
+
+def _holdout(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    holdout = recipe.data.holdout
+    if holdout > 1 and holdout != int(holdout):
+        yield Clash(
+            ("data.holdout",),
+            f"data.holdout: {holdout:g} ({place('data.holdout')}) is no share below 1 and no number of rows",
+            f"write {int(holdout)}",
+        )
+    if holdout == 0 and recipe.evaluation.every is not None:
+        yield Clash(
+            ("evaluation.every", "data.holdout"),
+            f"evaluation.every: {recipe.evaluation.every} ({place('evaluation.every')}) asks for evaluations, but "
+            f"data.holdout: 0 ({place('data.holdout')}) leaves no rows for them",
+            "set data.holdout, or remove evaluation.every",
+        )
+
+
+def _betas(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    for key in ("beta1", "beta2"):
+        if getattr(recipe.optim, key) == 1:
+            yield Clash(
+                (f"optim.{key}",),
+                f"optim.{key}: 1 ({place(f'optim.{key}')}) would never forget, so AdamW could not learn",
+                f"set optim.{key} below 1, such as {0.9 if key == 'beta1' else 0.999}",
+            )
+
+
+def _trainer(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    for keyword in recipe.advanced.trainer:
+        owner = OWNED_BY_RECIPE.get(keyword)
+        if owner is not None:
+            key = f"advanced.trainer.{keyword}"
+            origin = f" ({place(owner)})" if "." in owner or owner in Recipe.model_fields else ""
+            yield Clash(
+                (key,),
+                f"{key} ({place(key)}) repeats what {owner}{origin} decides",
+                f"remove it and use {owner}",
+            )
+
+
+_VARIABLE = re.compile(r"\$(\{\w+\}|[A-Z_][A-Z0-9_]*$)")
+_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
+_WANDB_KEY = re.compile(r"[0-9a-f]{40}")
+
+
+def secret_in(path: tuple[str, ...], text: str) -> tuple[str, str] | None:
+    """(what, fix) when the value `text` at `path` is a secret or stands for an environment variable; else None.
+
+    A prompt may speak of `${NAME}`. Forty hex digits are a W&B key, but in a `revision` they are a commit.
+    """
+    advice = (
+        "remove it and set HF_TOKEN or WANDB_API_KEY, or run `hf auth login` or `wandb login`; revoke what was shared"
+    )
+    secret = "secrets do not belong in recipes, which are copied into run folders"
+    if path and path[-1].lower() in SECRETS:
+        return secret, advice
+    if TOKEN.search(text) or (_WANDB_KEY.fullmatch(text) and path[-1:] != ("revision",)):
+        return f"this looks like an access token: {secret}", advice
+    found = None if path[:2] == ("samples", "prompts") else _VARIABLE.search(text)
+    if not found:
+        return None
+    if _SECRET_NAME.search(found[0]):
+        return f"{found[0]} is not expanded: {secret}", advice
+    return (
+        f"{found[0]} is not expanded: a recipe holds plain values",
+        f'write the value, or give it on the command line: {".".join(path)}="{found[0]}"',
+    )
