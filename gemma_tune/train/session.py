@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 from collections.abc import Iterable, Mapping
@@ -36,7 +37,7 @@ class RunFolder:
 
     Args:
         path: the folder; relative to the working directory.
-        resume: `never` wants a new folder; `auto` continues from a checkpoint where there is one; `must` insists on one.
+        resume: `never` wants a new folder; `auto` continues from a checkpoint if there is one; `must` insists on one.
     """
 
     def __init__(self, path: str | Path, *, resume: Resume) -> None:
@@ -164,7 +165,7 @@ class RunFolder:
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to a .jsonl file of the run."""
         with open(self.path / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
 
     # --- the lock ---------------------------------------------------------------------------------------------------
 
@@ -224,7 +225,18 @@ def keep_lines_until(path: Path, step: int) -> None:
 
 def dump(value: Any) -> str:
     """JSON as it stands in the run folder: indented, secrets masked."""
-    return redact(json.dumps(value, indent=2, ensure_ascii=False, default=str)) + "\n"
+    return redact(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str)) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for each NaN and infinity: JSON has neither, and strict readers refuse them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def now() -> str:

@@ -1,0 +1,253 @@
+"""How well a model does on rows it never saw: loss over trained tokens, and whether its answers end by themselves.
+
+Nothing here draws a random number: evaluating more or less often does not change the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from gemma_tune.gemma.chat import Encoder, render_prompt
+from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
+from gemma_tune.gemma.families import Family
+
+DOCUMENT_PROMPT_WORDS = 6
+"""A plain document has no user turn: its first words are the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Loss of held-out rows. Each trained token weighs the same, however rows are batched or padded.
+
+    Attributes:
+        loss: mean of -log p over the trained tokens, in nats.
+        token_accuracy: share of trained tokens that are the model's first guess.
+        tokens: trained tokens.
+        rows: rows that were read.
+    """
+
+    loss: float
+    token_accuracy: float
+    tokens: int
+    rows: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model wrote. `ended`: it stopped by a stop token of its own. `tokens` counts that stop token."""
+
+    text: str
+    ended: bool
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt for live samples.
+
+    Attributes:
+        label: how it is shown.
+        example: a conversation that ends with a user turn, or the beginning of a document.
+        held_out: whether it comes from a held-out row.
+        reference: what that row says next; empty where unknown.
+    """
+
+    label: str
+    example: Example
+    held_out: bool = False
+    reference: str = ""
+
+
+def held_out_loss(
+    model: Any,
+    rows: Sequence[Mapping[str, Any]],
+    collate: Callable[[list[Mapping[str, Any]]], Mapping[str, torch.Tensor]],
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    stop: Callable[[], bool] = lambda: False,
+) -> HeldOut | None:
+    """Token-weighted loss and accuracy of `rows`.
+
+    Args:
+        model: with a fused head (`trl.trainer.utils.add_fused_lm_head`): it scores labels without holding the logits.
+        rows: with `input_ids` and `labels` (-100 where a token is not counted), not packed.
+        collate: rows -> tensors of one batch.
+        batch_size: rows in one forward pass; rows of similar length go together, the longest first.
+        rank, world_size: of this process. Each scores its share.
+        total: adds a tensor up over all processes.
+        stop: asked before each batch; True gives up and returns None.
+    """
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    sums = torch.zeros(3, dtype=torch.float64)
+    with eval_mode(model):
+        # Each process runs the same number of forward passes (a sharded model gathers its weights in them); one that
+        # has nothing left repeats its share and does not count it.
+        for turn in range(math.ceil(len(batches) / world_size)):
+            if stop():
+                return None
+            place = turn * world_size + rank
+            batch = collate([rows[index] for index in batches[place % len(batches)]])
+            part = _score(model, batch)
+            if place < len(batches):
+                sums += part
+    log_prob, correct, tokens = total(sums).tolist()
+    if not tokens:
+        return None
+    return HeldOut(-log_prob / tokens, correct / tokens, int(tokens), len(rows))
+
+
+def _score(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[sum of log-probabilities, number of first guesses that are right, trained tokens] of one batch, fp64."""
+    device = next(model.parameters()).device
+    output = model(**{key: value.to(device) for key, value in batch.items()}, fused_lm_head=True)
+    sums = [output.log_probs.double().sum(), output.is_top1.double().sum(), output.label_mask.double().sum()]
+    return torch.stack([value.cpu() for value in sums])
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    family: Family,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Answer]:
+    """Greedy answers to `prompts` (token ids that end with the generation prompt), in their order.
+
+    Batched, padded on the left, with the KV cache, in evaluation mode; the model's mode is restored.
+
+    Args:
+        max_new_tokens: tokens in an answer at most, the stop token included.
+        batch_size: prompts that are answered together.
+        stop: asked before each batch; where it says True the answers so far are returned.
+    """
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(family.stop_ids),
+        pad_token_id=family.pad_id,
+        bos_token_id=family.bos_id,
+        use_cache=True,
+    )
+    found: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    with eval_mode(model), _generation_defaults(model, settings):
+        for start in range(0, len(order), batch_size):
+            if stop():
+                break
+            chosen = order[start : start + batch_size]
+            ids, mask = _pad_left([prompts[index] for index in chosen], family.pad_id)
+            device = next(model.parameters()).device
+            made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+            for index, row in zip(chosen, made[:, ids.shape[1] :].tolist(), strict=True):
+                found[index] = read_answer(row, tokenizer, family)
+    return [found[index] for index in range(len(prompts)) if index in found]
+
+
+def read_answer(ids: Sequence[int], tokenizer: Any, family: Family) -> Answer:
+    """The answer in generated `ids`: everything before the first stop token."""
+    for place, token in enumerate(ids):
+        if token in family.stop_ids:
+            return Answer(tokenizer.decode(list(ids[:place]), skip_special_tokens=True), True, place + 1)
+    return Answer(tokenizer.decode(list(ids), skip_special_tokens=True), False, len(ids))
+
+
+def stop_rate(found: Sequence[Answer]) -> float | None:
+    """Share of answers that ended by themselves; None where there is no answer."""
+    return sum(answer.ended for answer in found) / len(found) if found else None
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+def sample_prompts(texts: Sequence[str], held_out: Sequence[Example], count: int) -> list[Prompt]:
+    """The fixed prompts of the recipe, then the first user turns of the first `count` held-out rows.
+
+    Where the held-out rows are plain documents, the fixed prompts are beginnings of documents too.
+    """
+    documents = bool(held_out) and all(isinstance(example, Document) for example in held_out)
+    fixed = [Prompt(text, Document(text) if documents else Conversation((Message("user", text),))) for text in texts]
+    drawn = (prompt_of(example) for example in held_out)
+    chosen = [prompt for prompt in drawn if prompt is not None][:count]
+    return fixed + chosen
+
+
+def prompt_of(example: Example) -> Prompt | None:
+    """The first user turn of a held-out row (with the system turn before it); None where it has no user turn."""
+    if isinstance(example, Document):
+        words = example.text.split(" ")
+        head = " ".join(words[:DOCUMENT_PROMPT_WORDS])
+        rest = " ".join(words[DOCUMENT_PROMPT_WORDS:])
+        return Prompt(head, Document(head), held_out=True, reference=rest) if rest else None
+    for place, message in enumerate(example.messages):
+        if message.role == "user":
+            following = example.messages[place + 1 : place + 2]
+            asked = Conversation(example.messages[: place + 1], tools=example.tools, thinking=example.thinking)
+            return Prompt(message.content, asked, held_out=True, reference=following[0].content if following else "")
+    return None
+
+
+def prompt_ids(prompts: Sequence[Prompt], family: Family, encoder: Encoder) -> list[list[int]]:
+    """Token ids of each prompt as they stand at inference."""
+    found = []
+    for prompt in prompts:
+        if isinstance(prompt.example, Document):
+            found.append([family.bos_id, *encoder.encode([prompt.example.text])[0]])
+        else:
+            found.append(list(render_prompt(prompt.example, family, encoder)))
+    return found
+
+
+# --- small parts ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode and no gradients; each module's own mode comes back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _generation_defaults(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Lend the model `settings`: its own sampling defaults (top_k, top_p) would be mixed in otherwise."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = owner.generation_config
+    owner.generation_config = settings
+    try:
+        yield
+    finally:
+        owner.generation_config = own
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """([rows, longest] ids, the same shape of 0/1): each row ends at the right edge."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

@@ -1,0 +1,364 @@
+"""Supervised fine-tuning: a plan in, a run folder out."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import set_seed
+from trl import SFTConfig
+
+from gemma_tune.data.build import Prepared, build
+from gemma_tune.data.collate import Collator
+from gemma_tune.errors import Aborted, Stopped, TrainingError
+from gemma_tune.gemma.families import FAMILIES, Family
+from gemma_tune.models.load import load_base
+from gemma_tune.models.lora import attach, save_adapter
+from gemma_tune.models.reference import ModelSource, resolve
+from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
+from gemma_tune.plan.types import Plan
+from gemma_tune.train import checkpoint, provenance
+from gemma_tune.train.callbacks import MetricsFile, ProgressDisplay, Rhythm, every_tenth, sample_rows
+from gemma_tune.train.evaluate import Answer, HeldOut, Prompt, answers, prompt_ids, sample_prompts, stop_rate
+from gemma_tune.train.identity import identity_of
+from gemma_tune.train.session import Resume, RunFolder
+from gemma_tune.train.sft_trainer import SftTrainer, agreement, load_weights
+from gemma_tune.train.signals import Signals
+from gemma_tune.train.tracking import WandbTracking
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Materials:
+    """What a run is made from, before any weight is loaded."""
+
+    family: Family
+    source: ModelSource
+    tokenizer: Any
+    encoder: GemmaEncoder
+    data: Prepared
+
+
+def run_sft(
+    plan: Plan, recipe_text: str, *, resume: Resume = "never", console: Console | None = None
+) -> dict[str, Any]:
+    """Train as `plan` says and fill its run folder. Returns `results` of run.json.
+
+    Args:
+        plan: from `plan.make_plan`.
+        recipe_text: the recipe as written, for the run folder.
+        resume: `never` wants a new folder, `auto` continues where it can, `must` insists on a checkpoint.
+        console: where progress goes.
+
+    Raises:
+        UserError, AccessError: before anything is written.
+        TrainingError: the training failed; earlier checkpoints are intact.
+        Stopped: a signal came; a checkpoint is on disk if the training had begun.
+        Aborted: a second Ctrl-C came.
+    """
+    console = console or Console()
+    folder = RunFolder(plan.values("session")["output"], resume=resume)
+    with Signals() as signals:
+        folder.check()
+        materials = gather(plan)
+        identity = identity_of(
+            plan,
+            fingerprint=materials.data.fingerprint,
+            revision=materials.source.revision,
+            world_size=plan.machine.get("world_size", 1),
+        )
+        search = folder.find_checkpoint(identity)
+        for path, reason in search.skipped:
+            console.print(f"passed over {path.name}: {reason}", highlight=False)
+        earlier = folder.saved_record()
+        if search.found and earlier.get("status") == "finished":
+            console.print(f"the run in {folder.path} is finished", highlight=False)
+            return dict(earlier["results"])
+        with memory_errors(plan):
+            model = load_model(plan, materials.family)
+        folder.open(recipe_text=recipe_text, plan=plan, record=describe(plan, materials, identity), resumed=search)
+        run = Run(plan, materials, model, folder, identity, search.found, signals, console)
+        return run.execute()
+
+
+def gather(plan: Plan) -> Materials:
+    """Tokenizer and data of `plan`. Loads no weights and writes nothing but caches."""
+    family = FAMILIES[plan.family]
+    chosen = plan.values("model")
+    source = resolve(chosen["name"], chosen.get("revision"))
+    tokenizer = load_tokenizer(chosen.get("tokenizer") or chosen["name"], chosen.get("revision"), family)
+    encoder = GemmaEncoder(tokenizer, family)
+    return Materials(family, source, tokenizer, encoder, build(family, encoder, **plan.values("data")))
+
+
+def load_model(plan: Plan, family: Family) -> Any:
+    """The base of `plan`, with its adapter where it has one."""
+    set_seed(plan.values("session")["seed"])  # peft draws A at random
+    model = load_base(plan.values("model"), plan.values("quantization"), family)
+    lora = plan.values("lora")
+    return attach(model, lora, family) if lora else model
+
+
+def describe(plan: Plan, materials: Materials, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """run.json at the start: everything that was used, with its version or hash."""
+    family = materials.family
+    return {
+        "stage": plan.stage,
+        "command": provenance.command_line(),
+        "versions": provenance.versions(),
+        "git": provenance.git_state(),
+        "machine": dict(plan.machine),
+        "model": {"name": materials.source.name, "revision": materials.source.revision, "licence": family.licence},
+        "family": family.name,
+        "template": {
+            "file": family.template_file,
+            "revision": family.template_revision,
+            "sha256": family.template_sha256,
+        },
+        "data": {"fingerprint": materials.data.fingerprint, "report": materials.data.report},
+        "seed": plan.values("session")["seed"],
+        "identity": dict(identity),
+    }
+
+
+class Run:
+    """One execution of a plan in an opened run folder."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        materials: Materials,
+        model: Any,
+        folder: RunFolder,
+        identity: Mapping[str, Any],
+        resumed: checkpoint.Checkpoint | None,
+        signals: Signals,
+        console: Console,
+    ) -> None:
+        self.plan = plan
+        self.session = plan.values("session")
+        self.materials = materials
+        self.model = model
+        self.folder = folder
+        self.identity = identity
+        self.resumed = resumed
+        self.signals = signals
+        self.console = console
+        self.step = resumed.step if resumed else 0
+        self.prompts: list[Prompt] = []
+        self.tracker: WandbTracking | None = None
+
+    def execute(self) -> dict[str, Any]:
+        """Train, write the results, and leave run.json with how it ended."""
+        status, results = "failed", None
+        try:
+            with memory_errors(self.plan), checkpoint.disk_errors(self.folder.path):
+                results = self._train()
+            status = "finished"
+            return results
+        except Stopped:
+            status = "stopped"
+            raise
+        except (Aborted, KeyboardInterrupt):
+            status = "aborted"
+            raise
+        finally:
+            self.folder.close(status, step=self.step)
+            if self.tracker is not None:
+                self.tracker.close(results)
+
+    def _train(self) -> dict[str, Any]:
+        data, family = self.materials.data, self.materials.family
+        evaluation, samples = self.session["evaluation"], self.session["samples"]
+        rows = data.held_out.select(range(min(len(data.held_out), evaluation["max_rows"]))) if data.held_out else []
+        trainer = SftTrainer(
+            model=self.model,
+            tokenizer=self.materials.tokenizer,
+            collator=Collator(family.pad_id),
+            train=data.train,
+            held_out=rows,
+            config=SFTConfig(**self.plan.values("trainer")),
+            folder=self.folder,
+            keep=self.session["checkpoint"]["keep"],
+            identity=self.identity,
+            signals=self.signals,
+            progress=self.resumed.progress if self.resumed else None,
+        )
+        self.prompts = sample_prompts(samples["prompts"], data.held_out_examples, samples["held_out"])
+        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        rhythm = Rhythm(
+            evaluate_every=every_tenth(evaluation["every"], steps) if rows else None,
+            save_every=every_tenth(self.session["checkpoint"]["every"], steps),
+            sample_every=samples["every"],
+            sample=lambda step: self._sample(trainer, step),
+            before=lambda: self._before(trainer),
+            signals=self.signals,
+            agree=agreement(trainer),
+        )
+        progress = ProgressDisplay(self.console, lambda: trainer.counters)
+        trainer.add_callback(rhythm)
+        trainer.add_callback(MetricsFile(self.folder, lambda: trainer.counters))
+        trainer.add_callback(progress)
+        self._track(trainer)
+        try:
+            self._loop(trainer, steps)
+        finally:
+            self.step = trainer.state.global_step
+            progress.close()
+        return self._finish(trainer, rows)
+
+    def _loop(self, trainer: SftTrainer, steps: int) -> None:
+        """All steps that are left. Everything random starts from the seed, or from the checkpoint's state."""
+        set_seed(self.session["seed"])
+        if self.resumed is None:
+            trainer.train()
+        elif self.resumed.step < steps:
+            self.console.print(f"resuming after step {self.resumed.step:,}", highlight=False)
+            trainer.train(resume_from_checkpoint=str(self.resumed.folder))
+        else:  # every step was done, but not what comes after the last one
+            load_weights(trainer.model, self.resumed.folder)
+            trainer.state.global_step = self.resumed.step
+            trainer.count()
+        if trainer.state.global_step < steps and self.signals.requested:
+            self.step = trainer.state.global_step
+            raise Stopped(
+                f"stopped by {self.signals.requested} after step {trainer.state.global_step:,}; a checkpoint is saved",
+                where=str(self.folder.path),
+                fix="the same command with --resume auto continues from it",
+            )
+
+    def _before(self, trainer: SftTrainer) -> None:
+        """The base's figures, before the first step; then signals wait for a checkpoint."""
+        if self.resumed is None:
+            trainer.evaluate()
+            found = self._sample(trainer, 0)
+            self.folder.record["results"] = {
+                "base": figures(trainer.last_evaluation, self.prompts, found),
+                "answers": [
+                    {
+                        "prompt": prompt.label,
+                        "held_out": prompt.held_out,
+                        "reference": prompt.reference,
+                        "base": vars_of(answer),
+                    }
+                    for prompt, answer in zip(self.prompts, found, strict=False)
+                ],
+            }
+            self.folder.write_record()
+        self.signals.arm()
+        trainer.clock.start()
+
+    def _sample(self, trainer: SftTrainer, step: int) -> list[Answer]:
+        if not self.prompts:
+            return []
+        family = self.materials.family
+        with trainer.clock.paused():
+            found = answers(
+                trainer.model,
+                self.materials.tokenizer,
+                family,
+                prompt_ids(self.prompts, family, self.materials.encoder),
+                max_new_tokens=self.session["samples"]["max_new_tokens"],
+                stop=lambda: trainer.args.world_size == 1 and self.signals.requested is not None,
+            )
+        if trainer.is_world_process_zero():
+            self.folder.append("samples.jsonl", sample_rows(step, self.prompts, found))
+        return found
+
+    def _finish(self, trainer: SftTrainer, rows: Sequence[Any]) -> dict[str, Any]:
+        """Final figures and answers, the trained weights, and `results` of run.json."""
+        trainer.clock.stop()
+        self.signals.disarm()
+        if rows and trainer.evaluated_at != trainer.state.global_step:
+            trainer.evaluate()
+        found = self._sample(trainer, trainer.state.global_step)
+        results = dict(self.folder.record["results"])
+        results["tuned"] = figures(trainer.last_evaluation, self.prompts, found)
+        for row, answer in zip(results.get("answers", []), found, strict=False):
+            row["tuned"] = vars_of(answer)
+        before, after = results.get("base", {}).get("loss"), results["tuned"].get("loss")
+        results["relative_fall"] = (before - after) / before if before and after is not None else None
+        results |= {"steps": trainer.state.global_step, **trainer.counters, "peak_memory": provenance.peak_memory()}
+        if trainer.is_world_process_zero():
+            results["weights"] = self._write_weights()
+        self.folder.record["results"] = results
+        return results
+
+    def _write_weights(self) -> str:
+        """The result, in one rename: `adapter/` in PEFT's form, or `model/` after a full fine-tune."""
+        name = "adapter" if self.plan.lora else "model"
+        staging = self.folder.path / f".staging-{name}"
+        shutil.rmtree(staging, ignore_errors=True)
+        save_adapter(self.model, staging, self.materials.family, self.materials.tokenizer)
+        checkpoint.seal(staging, {"step": self.step})
+        checkpoint.publish(staging, self.folder.path / name)
+        return name
+
+    def _track(self, trainer: SftTrainer) -> None:
+        tracking = self.session["tracking"]
+        if not tracking["wandb"]:
+            return
+        config = {name: self.plan.values(name) for name in ("model", "quantization", "lora", "trainer", "data")}
+        self.tracker = WandbTracking(
+            folder=self.folder.path,
+            project=tracking["project"],
+            name=tracking["name"] or self.folder.path.name,
+            run_id=self.folder.record.get("wandb", {}).get("id"),
+            config=config,
+            counters=lambda: trainer.counters,
+            console=self.console,
+            started=lambda facts: self.folder.write_record(wandb=facts),
+        )
+        trainer.add_callback(self.tracker)
+
+
+def figures(found: HeldOut | None, prompts: Sequence[Prompt], given: Sequence[Answer]) -> dict[str, Any]:
+    """Held-out figures of one model: `loss`, `perplexity`, `token_accuracy`, `tokens`, `stop_rate`, `answers`, `ended`.
+
+    The stop rate counts held-out prompts, or the recipe's own where there are no others.
+    """
+    counted = [answer for prompt, answer in zip(prompts, given, strict=False) if prompt.held_out] or list(given)
+    result: dict[str, Any] = {}
+    if found is not None:
+        result = {
+            "loss": found.loss,
+            "perplexity": found.perplexity,
+            "token_accuracy": found.token_accuracy,
+            "tokens": found.tokens,
+            "rows": found.rows,
+        }
+    ended = sum(answer.ended for answer in counted)
+    return result | {"stop_rate": stop_rate(counted), "ended": ended, "answers": len(counted)}
+
+
+def vars_of(answer: Answer) -> dict[str, Any]:
+    return {"text": answer.text, "ended": answer.ended, "tokens": answer.tokens}
+
+
+@contextmanager
+def memory_errors(plan: Plan) -> Iterator[None]:
+    """Say what to change where memory runs out, on a GPU or a CPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as exc:
+        if not isinstance(exc, MemoryError) and not _NO_MEMORY.search(str(exc)):
+            raise
+        micro = plan.values("trainer").get("per_device_train_batch_size")
+        length = plan.values("data").get("max_length")
+        raise TrainingError(
+            f"out of memory with batch.micro {micro} and data.max_length {length}",
+            where=str(exc).splitlines()[0][:200] if str(exc) else "",
+            fix="set batch.micro: 1 (batch.size stays), memory.gradient_checkpointing: true, or a smaller data.max_length",
+        ) from exc
+
+
+def result_folder(path: Path) -> Path | None:
+    """`adapter/` or `model/` of a run folder; None where the run has no result yet."""
+    return next((path / name for name in ("adapter", "model") if (path / name).is_dir()), None)
