@@ -29,7 +29,7 @@ class Collator:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows of `input_ids`, `labels` and perhaps `position_ids` (lists) -> int64 tensors of shape (rows, longest)."""
+        """Rows of `input_ids`, `labels`, perhaps `position_ids` (lists) -> int64 tensors of shape (rows, longest)."""
         width = max(len(row["input_ids"]) for row in rows)
         packed = [row.get("position_ids") is not None for row in rows]
         if any(packed) != all(packed):

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from gemma_tune.data.rows import RowError
+from gemma_tune.data.cells import RowError
 from gemma_tune.errors import UserError
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -47,7 +47,7 @@ _MAGIC = (
 )
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """One row as a source yields it: its number from 1, its value (or why it has none), and where it stands."""
 
     number: int
@@ -61,7 +61,7 @@ def suffix_of(path: str | Path) -> str:
     return max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
 
 
-def read_file(path: str | Path) -> Iterator[Row]:
+def read_file(path: str | Path) -> Iterator[SourceRow]:
     """The rows of a data file, after checking that it is one.
 
     Raises:
@@ -78,11 +78,13 @@ def read_file(path: str | Path) -> Iterator[Row]:
             fix=f"convert it to one of {', '.join(SUFFIXES)}",
         )
     _check_magic(name, suffix, head)
-    rows = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}[suffix](path, head)
+    rows = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}[suffix](
+        path, head
+    )
     return _not_empty(rows, name)
 
 
-def _not_empty(rows: Iterator[Row], name: str) -> Iterator[Row]:
+def _not_empty(rows: Iterator[SourceRow], name: str) -> Iterator[SourceRow]:
     row = None
     for row in rows:
         yield row
@@ -110,7 +112,9 @@ def _head(path: Path) -> bytes:
     except FileNotFoundError:
         raise UserError("no such file", where=str(path), fix=_nearest(path)) from None
     except (PermissionError, NotADirectoryError, OSError) as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path and its rights") from error
+        raise UserError(
+            f"cannot be read: {error.strerror}", where=str(path), fix="check the path and its rights"
+        ) from error
     if not head:
         raise UserError("0 rows: the file is empty", where=str(path), fix="check the path, or write the file again")
     return head
@@ -123,7 +127,11 @@ def _nearest(path: Path) -> str:
         return f"the folder {path.parent} does not exist; paths are relative to the working directory"
     near = difflib.get_close_matches(path.name, names, 3, 0.4) or sorted(names)[:3]
     listed = ", ".join(str(path.parent / name) for name in near)
-    return f"did you mean {listed}?" if near else f"{path.parent} holds no data file; paths are relative to the working directory"
+    return (
+        f"did you mean {listed}?"
+        if near
+        else f"{path.parent} holds no data file; paths are relative to the working directory"
+    )
 
 
 def _check_magic(name: str, suffix: str, head: bytes) -> None:
@@ -134,7 +142,9 @@ def _check_magic(name: str, suffix: str, head: bytes) -> None:
         if head.startswith(magic):
             raise UserError(f"is {kind}, not {suffix}", where=name, fix=fix)
     if expected is not None:
-        raise UserError(f"is not {suffix}: it begins with {head[:8]!r}", where=name, fix="give the file its true suffix")
+        raise UserError(
+            f"is not {suffix}: it begins with {head[:8]!r}", where=name, fix="give the file its true suffix"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- JSON
@@ -155,7 +165,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"duplicate key {ascii(key)}", re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", 1)
+                raise _Refused(f"duplicate key {key!a}", re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", 1)
             seen.add(key)
     return row
 
@@ -204,10 +214,10 @@ def _json_error(error: json.JSONDecodeError, last: bool = False) -> RowError:
         inside = " inside a string" if error.msg.startswith("Unterminated string") else ""
         what = f"the file ends{inside} before its last row is complete: was the download cut?"
         fix = "fetch the file again, or set data.on_bad_row: drop"
-    return RowError(f"{what} near {ascii(excerpt)}", fix=fix, kind="broken JSON")
+    return RowError(f"{what} near {excerpt!a}", fix=fix, kind="broken JSON")
 
 
-def _jsonl(path: Path, head: bytes) -> Iterator[Row]:
+def _jsonl(path: Path, head: bytes) -> Iterator[SourceRow]:
     name = str(path)
     encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     if encoding == "utf-8" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
@@ -219,20 +229,20 @@ def _jsonl(path: Path, head: bytes) -> Iterator[Row]:
         try:
             for number, (line, complete) in enumerate(lines, 1):
                 if isinstance(line, RowError):
-                    yield Row(number, line, f"{name}:{number}")
+                    yield SourceRow(number, line, f"{name}:{number}")
                 elif line.strip():
                     yield _line_row(line, number, name, last=not complete)
         except (EOFError, gzip.BadGzipFile, OSError) as error:
             raise UserError(f"is damaged: {error}", where=name, fix="fetch the file again") from error
 
 
-def _line_row(line: str, number: int, name: str, last: bool) -> Row:
+def _line_row(line: str, number: int, name: str, last: bool) -> SourceRow:
     where = f"{name}:{number}"
     try:
         value = _decode(line)
     except json.JSONDecodeError as error:
-        return Row(number, _json_error(error, last), f"{where}:{error.pos + 1}")
-    return Row(number, value, where)
+        return SourceRow(number, _json_error(error, last), f"{where}:{error.pos + 1}")
+    return SourceRow(number, value, where)
 
 
 def _lines_utf8(raw: IO[bytes]) -> Iterator[tuple[str | RowError, bool]]:
@@ -287,7 +297,7 @@ def _not_utf8(offset: int, byte: int) -> RowError:
     )
 
 
-def _json(path: Path, head: bytes) -> Iterator[Row]:
+def _json(path: Path, head: bytes) -> Iterator[SourceRow]:
     """An array of objects. A `.json` file of one object a line is read as JSON Lines."""
     name = str(path)
     if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
@@ -295,7 +305,9 @@ def _json(path: Path, head: bytes) -> Iterator[Row]:
         return
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise UserError(f"has {size:,} bytes; a JSON array is read whole", where=name, fix="write JSON Lines or Parquet")
+        raise UserError(
+            f"has {size:,} bytes; a JSON array is read whole", where=name, fix="write JSON Lines or Parquet"
+        )
     opened: Any = gzip.open if name.lower().endswith(".gz") else open
     with opened(path, "rb") as file:
         data = file.read(MAX_JSON_BYTES + 1)
@@ -316,13 +328,13 @@ def _json(path: Path, head: bytes) -> Iterator[Row]:
     if not isinstance(rows, list):
         raise UserError("is not an array of objects", where=name, fix="write JSON Lines: one object a line")
     for number, row in enumerate(rows, 1):
-        yield Row(number, row, f"{name} row {number:,}")
+        yield SourceRow(number, row, f"{name} row {number:,}")
 
 
 # ---------------------------------------------------------------------------------------------------- CSV and Parquet
 
 
-def _csv(path: Path, head: bytes) -> Iterator[Row]:
+def _csv(path: Path, head: bytes) -> Iterator[SourceRow]:
     name = str(path)
     encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     csv.field_size_limit(MAX_ROW_BYTES)
@@ -338,14 +350,16 @@ def _csv(path: Path, head: bytes) -> Iterator[Row]:
             except StopIteration:
                 return
             except (csv.Error, UnicodeError) as error:
-                raise UserError(f"broken CSV: {error}", where=f"{name}:{reader.line_num}", fix="correct the line") from error
+                raise UserError(
+                    f"broken CSV: {error}", where=f"{name}:{reader.line_num}", fix="correct the line"
+                ) from error
             if not cells:
                 continue
             if not header:
                 header = _header(cells, name)
                 continue
             number += 1
-            yield Row(number, _cells(cells, header), f"{name}:{reader.line_num}")
+            yield SourceRow(number, _cells(cells, header), f"{name}:{reader.line_num}")
 
 
 def _header(cells: list[str], name: str) -> list[str]:
@@ -374,7 +388,7 @@ def _cells(cells: list[str], header: list[str]) -> Any:
     return dict(zip(header, cells, strict=True))
 
 
-def _parquet(path: Path, head: bytes) -> Iterator[Row]:
+def _parquet(path: Path, head: bytes) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -385,7 +399,9 @@ def _parquet(path: Path, head: bytes) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Row(number, row, f"{name} row {number:,}")
+                    yield SourceRow(number, row, f"{name} row {number:,}")
     except (pa.ArrowException, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"damaged Parquet after row {number:,}: {first}", where=name, fix="fetch the file again") from error
+        raise UserError(
+            f"damaged Parquet after row {number:,}: {first}", where=name, fix="fetch the file again"
+        ) from error

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gemma_tune.data.rows import RowError
+from gemma_tune.data.cells import RowError
 from gemma_tune.gemma.chat import check_conversation
 from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
 from gemma_tune.gemma.families import Family
@@ -193,7 +193,8 @@ def _alternating(turns: list[Turn], family: Family, policies: Policies, repairs:
             merged[-1] = (merged[-1][0], _joined(before, message))
         else:
             raise RowError(
-                f"turn {number} is '{message.role}' after '{before.role}'; this Gemma wants user and model to alternate",
+                f"turn {number} is '{message.role}' after '{before.role}'; "
+                "this Gemma wants user and model to alternate",
                 fix=f"set data.fix_roles: merge, or {ON_BAD_ROW}",
                 kind="roles do not alternate",
             )

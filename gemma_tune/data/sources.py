@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.data import rows
-from gemma_tune.data.files import Row, read_file, suffix_of
+from gemma_tune.data.files import SourceRow, read_file, suffix_of
 from gemma_tune.errors import GemmaTuneError, UserError
 from gemma_tune.gemma.conversation import Conversation, Document, Example
 
@@ -47,19 +47,19 @@ def named(name: str, *, hub: str, split: str = "train") -> Callable[[Callable[..
 
 
 @named("ultrachat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft")
-def ultrachat(row: Mapping[str, Any]) -> Conversation:
+def ultrachat(row: Mapping[str, Any]) -> Example:
     """UltraChat 200k (MIT): filtered dialogues with ChatGPT. Columns `prompt`, `prompt_id`, `messages`."""
     return rows.messages(row)
 
 
 @named("ultrachat_original", hub="stingning/ultrachat")
-def ultrachat_original(row: Mapping[str, Any]) -> Conversation:
+def ultrachat_original(row: Mapping[str, Any]) -> Example:
     """UltraChat (MIT): columns `id`, `data`; all turns of `data`, user first."""
     return rows.string_list(row)
 
 
 @named("english_quotes", hub="Abirate/english_quotes")
-def english_quotes(row: Mapping[str, Any]) -> Conversation:
+def english_quotes(row: Mapping[str, Any]) -> Example:
     """2,508 quotes (CC-BY-4.0): columns `quote`, `author`, `tags`; each row is one conversation."""
     return rows.quotes(row)
 
@@ -81,10 +81,10 @@ class Opened:
     """
 
     label: str
-    rows: Iterator[Row]
+    rows: Iterator[SourceRow]
     to_example: Callable[[Any], Example] = field(repr=False)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[SourceRow]:
         return self.rows
 
 
@@ -153,7 +153,7 @@ def _no_hub_keys(name: str, source: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------- hub
 
 
-def _hub_rows(hub: str, label: str, split: str, source: Mapping[str, Any], streaming: bool) -> Iterator[Row]:
+def _hub_rows(hub: str, label: str, split: str, source: Mapping[str, Any], streaming: bool) -> Iterator[SourceRow]:
     split = source.get("split") or split
     pattern = UNTRAINABLE_SPLITS.get(hub)
     if pattern and re.search(pattern, split):
@@ -167,21 +167,21 @@ def _hub_rows(hub: str, label: str, split: str, source: Mapping[str, Any], strea
 
 def _load_hub(
     hub: str, label: str, split: str, subset: str | None, revision: str | None, streaming: bool
-) -> Iterator[Row]:
+) -> Iterator[SourceRow]:
     """The one place that asks the hub for data. Lazy: nothing is fetched before the first row is asked for."""
     import datasets
 
     try:
         table = datasets.load_dataset(hub, name=subset, split=split, revision=revision, streaming=streaming)
         for number, row in enumerate(table, 1):
-            yield Row(number, row, f"{label} row {number:,}")
+            yield SourceRow(number, row, f"{label} row {number:,}")
     except GemmaTuneError:
         raise
     except Exception as error:
-        raise _explained(error, hub, label) from error
+        raise _explained(error, hub, label, revision) from error
 
 
-def _explained(error: Exception, hub: str, label: str) -> GemmaTuneError:
+def _explained(error: Exception, hub: str, label: str, revision: str | None) -> GemmaTuneError:
     """`datasets` reports a wrong split or subset as ValueError; all else is the hub's."""
     text = str(error).strip()
     where = f"data.sources: {label}"
@@ -197,13 +197,13 @@ def _explained(error: Exception, hub: str, label: str) -> GemmaTuneError:
         )
     from gemma_tune.plan.hub import explain
 
-    return explain(error, hub)
+    return explain(error, hub, repo_type="dataset", revision=revision)
 
 
 # ------------------------------------------------------------------------------------------------- a function by path
 
 
-def _function_rows(name: str) -> Iterator[Row]:
+def _function_rows(name: str) -> Iterator[SourceRow]:
     path_text, _, function_name = name.partition(".py")
     path, function_name = Path(path_text + ".py").expanduser(), function_name.lstrip(":")
     if not path.is_file():
@@ -216,7 +216,9 @@ def _function_rows(name: str) -> Iterator[Row]:
         defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         near = difflib.get_close_matches(function_name, defined, 1) or defined[:3]
         raise UserError(
-            f"has no function {function_name!r}", where=str(path), fix=f"did you mean {', '.join(near)}?" if near else ""
+            f"has no function {function_name!r}",
+            where=str(path),
+            fix=f"did you mean {', '.join(near)}?" if near else "",
         )
     return _called(function, path, function_name)
 
@@ -235,7 +237,7 @@ def _module(path: Path) -> Any:
     return module
 
 
-def _called(function: Callable[[], Any], path: Path, name: str) -> Iterator[Row]:
+def _called(function: Callable[[], Any], path: Path, name: str) -> Iterator[SourceRow]:
     try:
         found = function()
         if isinstance(found, (str, bytes, Mapping, Conversation, Document)) or not hasattr(found, "__iter__"):
@@ -243,7 +245,7 @@ def _called(function: Callable[[], Any], path: Path, name: str) -> Iterator[Row]
                 f"{name} returned {type(found).__name__}, not rows", where=str(path), fix="yield one dict per row"
             )
         for number, row in enumerate(found, 1):
-            yield Row(number, row, f"{path}:{name} row {number:,}")
+            yield SourceRow(number, row, f"{path}:{name} row {number:,}")
     except GemmaTuneError:
         raise
     except Exception as error:

@@ -1,0 +1,230 @@
+"""The data of a run: sources -> examples -> tokens -> held-out split -> training rows, with every loss counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from gemma_tune.data.mix import read_examples
+from gemma_tune.data.policies import Drop, Policies
+from gemma_tune.data.report import DataReport, Tally
+from gemma_tune.data.split import hold_out
+from gemma_tune.data.spool import Spool
+from gemma_tune.data.stream import Stream
+from gemma_tune.data.tokens import IGNORED, Documents, TrainRow, tokenise
+from gemma_tune.errors import UserError
+from gemma_tune.gemma.chat import Encoder, TrainOn
+from gemma_tune.gemma.conversation import Example
+from gemma_tune.gemma.families import Family
+
+FORMAT = 1
+"""Raised when the same recipe and data would give other rows than before: it is part of the fingerprint."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains on.
+
+    Attributes:
+        train: rows of `input_ids`, `labels` (-100 carries no loss) and, where packed, `position_ids`.
+        held_out: rows of `input_ids` and `labels`, one a conversation.
+        held_out_examples: the conversations of `held_out`, in its order.
+        report: what was read, repaired, dropped.
+        fingerprint: sha256 over the settings, the contents and the tokens. Of a stream: over its settings and its
+            held-out rows only.
+    """
+
+    train: datasets.Dataset | datasets.IterableDataset
+    held_out: datasets.Dataset
+    held_out_examples: list[Example]
+    report: DataReport
+    fingerprint: str
+
+
+def build(
+    family: Family,
+    encoder: Encoder,
+    *,
+    sources: Sequence[Mapping[str, Any]],
+    max_length: int = 2048,
+    packing: bool = True,
+    train_on: TrainOn = "model_turns",
+    holdout: float = 0.01,
+    deduplicate: bool = True,
+    shuffle: bool = True,
+    streaming: bool = False,
+    shuffle_buffer: int = 10_000,
+    system_role: str = "auto",
+    fix_roles: str = "error",
+    on_empty_turn: str = "error",
+    on_overlong: str = "truncate",
+    on_bad_row: str = "error",
+    workers: int = 1,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Prepared:
+    """Read, repair, tokenise, split and pack. The keywords are those of `recipe.schema.Data`.
+
+    The same arguments and contents give the same rows in the same order, in every process.
+
+    Args:
+        progress: called with the number of examples so far, now and then.
+
+    Raises:
+        UserError: a source, a row or a setting is wrong, or nothing is left to train on.
+        AccessError: the hub cannot be reached or refuses.
+    """
+    policies = Policies(system_role, fix_roles, on_empty_turn, on_overlong, on_bad_row)  # type: ignore[arg-type]
+    settings = {
+        "format": FORMAT,
+        "family": family.name,
+        "template": family.template_sha256,
+        "sources": [_identity(source) for source in sources],
+        "max_length": max_length,
+        "packing": packing,
+        "train_on": train_on,
+        "holdout": float(holdout),
+        "deduplicate": deduplicate,
+        "shuffle": shuffle,
+        "streaming": shuffle_buffer if streaming else 0,
+        "policies": asdict(policies),
+        "seed": seed,
+    }
+    if streaming:
+        stream = Stream(
+            family=family,
+            encoder=encoder,
+            policies=policies,
+            sources=tuple(dict(source) for source in sources),
+            max_length=max_length,
+            packing=packing,
+            train_on=train_on,
+            deduplicate=deduplicate,
+            buffer=shuffle_buffer if shuffle else 1,
+            holdout=_whole(holdout),
+            seed=seed,
+        )
+        return _prepare_stream(stream, settings)
+    tally, spool, documents, groups = Tally(), Spool(), Documents(), []
+    kept = read_examples(sources, family, policies, tally, deduplicate=deduplicate, seed=seed)
+    fitted = tokenise(kept, family, encoder, policies, max_length=max_length, train_on=train_on, workers=workers)
+    for one, tokens in fitted:
+        if isinstance(tokens, Drop):
+            tally.drop(tokens.reason, one.where)
+            continue
+        for name in tokens.repairs:
+            tally.repair(name, one.where)
+        spool.append(one.example)
+        documents.append(tokens)
+        groups.append(one.group)
+        if progress and len(groups) % 256 == 0:
+            progress(len(groups))
+    if not groups:
+        raise _nothing_left(tally)
+    order = list(range(len(groups)))
+    if shuffle:
+        random.Random(f"shuffle {seed}").shuffle(order)
+    held = hold_out(groups, holdout, seed)
+    held_order = [index for index in order if index in held]
+    train = _dataset(documents.training_rows([i for i in order if i not in held], max_length, packing), packing)
+    held_out = _dataset((documents.row(index) for index in held_order), packed=False)
+    examples = [spool[index] for index in held_order]
+    digest = _fingerprint(settings, spool.sha256(), train, held_out)
+    spool.close()
+    return Prepared(train, held_out, examples, _report(tally, train, held_out, len(order), max_length), digest)
+
+
+def _prepare_stream(stream: Stream, settings: Mapping[str, Any]) -> Prepared:
+    tally, documents, examples = stream.held_out()
+    features = _features(stream.packing)
+    train = datasets.IterableDataset.from_generator(stream.training_rows, features=features)
+    held_out = _dataset((documents.row(index) for index in range(len(documents))), packed=False)
+    tally.remarks.append("streaming: the counts are those of the held-out rows; the training rows are not read yet")
+    report = tally.report(held_out=len(held_out))
+    return Prepared(train, held_out, examples, report, _fingerprint(settings, "", held_out))
+
+
+def _nothing_left(tally: Tally) -> UserError:
+    return UserError(
+        f"no row is left to train on: {tally.why_empty()}",
+        where="data.sources",
+        fix="raise data.max_length, change the policy that drops them, or correct the data",
+    )
+
+
+def _whole(holdout: float) -> int:
+    if holdout != int(holdout):
+        raise UserError(
+            f"{holdout} is a fraction, and a stream has no known length",
+            where="data.holdout",
+            fix="give a number of rows, or 0",
+        )
+    return int(holdout)
+
+
+def _identity(source: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("name", "format", "columns", "subset", "split", "revision", "weight", "limit")
+    return {key: source[key] for key in keys if source.get(key)}
+
+
+def _features(packed: bool) -> datasets.Features:
+    names = ["input_ids", "labels", *(["position_ids"] if packed else [])]
+    return datasets.Features({name: datasets.Sequence(datasets.Value("int32")) for name in names})
+
+
+def _dataset(rows: Iterable[TrainRow], packed: bool) -> datasets.Dataset:
+    """Rows as an Arrow table, batch by batch: Python lists of all tokens would take eight times the memory."""
+    schema = _features(packed).arrow_schema
+    batches = [pa.record_batch([_column(batch, name) for name in schema.names], schema) for batch in _batches(rows)]
+    return datasets.Dataset(pa.Table.from_batches(batches, schema))
+
+
+def _column(batch: Sequence[TrainRow], name: str) -> pa.Array:
+    return pa.array([row[name] for row in batch], type=pa.list_(pa.int32()))
+
+
+def _batches(rows: Iterable[TrainRow], size: int = 1000) -> Iterator[list[TrainRow]]:
+    batch: list[TrainRow] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _flat(dataset: datasets.Dataset, name: str) -> Iterator[pa.Array]:
+    for chunk in dataset.data.column(name).chunks:
+        yield chunk.flatten()
+
+
+def _fingerprint(settings: Mapping[str, Any], contents: str, *tables: datasets.Dataset) -> str:
+    digest = hashlib.sha256(json.dumps([settings, contents], sort_keys=True).encode())
+    for table in tables:
+        for name in ("input_ids", "labels"):
+            for values in _flat(table, name):
+                digest.update(values.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _report(
+    tally: Tally, train: datasets.Dataset, held: datasets.Dataset, documents: int, max_length: int
+) -> DataReport:
+    tokens = sum(len(values) for values in _flat(train, "input_ids"))
+    trained = sum(int((values.to_numpy(zero_copy_only=False) != IGNORED).sum()) for values in _flat(train, "labels"))
+    return tally.report(
+        documents=documents - len(held),
+        held_out=len(held),
+        rows=len(train),
+        tokens=tokens,
+        trained_tokens=trained,
+        fill=tokens / (len(train) * max_length),
+    )

@@ -1,0 +1,98 @@
+"""What happened to the data: every row read, repaired and dropped, with the first place of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """The data of a run in numbers.
+
+    Attributes:
+        read: rows read by source.
+        repaired: repairs by name. A row can have several.
+        dropped: dropped rows by reason.
+        noted: rows by peculiarity that changes nothing (text that looks like a control token).
+        first: name of a repair, drop or note -> the first row that had it.
+        remarks: one sentence each.
+        held_out: conversations and documents that are held out.
+        documents: conversations and documents that are trained; like all that follows, None where they are streamed.
+        rows: training rows: packs, or documents where packing is off.
+        tokens: tokens in the training rows, padding not counted.
+        trained_tokens: those of them that carry loss.
+        fill: tokens / (rows * max_length); how full the packs are.
+    """
+
+    read: Mapping[str, int]
+    repaired: Mapping[str, int]
+    dropped: Mapping[str, int]
+    noted: Mapping[str, int]
+    first: Mapping[str, str]
+    remarks: tuple[str, ...]
+    held_out: int
+    documents: int | None = None
+    rows: int | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    fill: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """For people, one fact a line."""
+        for label, count in self.read.items():
+            yield f"{count:,} rows read from {label}"
+        for what, counts in (("repaired", self.repaired), ("dropped", self.dropped), ("noted", self.noted)):
+            for name, count in counts.items():
+                yield f"{count:,} {what}: {name} (first: {self.first[name]})"
+        if self.rows is None:
+            yield f"{self.held_out:,} held out; the training rows are read as a stream"
+        else:
+            yield (
+                f"{self.documents:,} documents in {self.rows:,} training rows ({self.fill:.0%} full), "
+                f"{self.held_out:,} held out"
+            )
+            yield f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained"
+        yield from self.remarks
+
+
+@dataclass
+class Tally:
+    """Counts while the data is read. One name, one count, and where it was first met."""
+
+    read: dict[str, int] = field(default_factory=dict)
+    repaired: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def row(self, label: str) -> None:
+        self.read[label] = self.read.get(label, 0) + 1
+
+    def repair(self, name: str, where: str) -> None:
+        self._count(self.repaired, name, where)
+
+    def drop(self, name: str, where: str) -> None:
+        self._count(self.dropped, name, where)
+
+    def note(self, name: str, where: str) -> None:
+        self._count(self.noted, name, where)
+
+    def _count(self, counts: dict[str, int], name: str, where: str) -> None:
+        counts[name] = counts.get(name, 0) + 1
+        self.first.setdefault(name, where)
+
+    def report(self, held_out: int, **numbers: Any) -> DataReport:
+        """The counts as they are now, with the numbers of the training rows."""
+        counts = (dict(self.read), dict(self.repaired), dict(self.dropped), dict(self.noted), dict(self.first))
+        return DataReport(*counts, tuple(self.remarks), held_out, **numbers)
+
+    def why_empty(self) -> str:
+        """What each filter removed, for the error that nothing is left."""
+        removed = ", ".join(f"{name}: {count:,}" for name, count in self.dropped.items())
+        return f"of {sum(self.read.values()):,} rows read, dropped {removed or 'none'}"

@@ -1,0 +1,171 @@
+"""From examples to training rows: render, cut at whole turns, label, pack."""
+
+from __future__ import annotations
+
+import multiprocessing
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.data.mix import Kept
+from gemma_tune.data.pack import pack
+from gemma_tune.data.policies import Drop, Policies
+from gemma_tune.errors import UserError
+from gemma_tune.gemma.chat import Encoder, Rendered, TrainOn, render_many
+from gemma_tune.gemma.conversation import Document, Example
+from gemma_tune.gemma.families import FAMILIES, Family
+
+IGNORED = -100
+"""Label of a token that carries no loss."""
+CHUNK = 256
+"""Examples in one call of the encoder."""
+
+TrainRow = dict[str, Any]
+"""`input_ids`, `labels` and, where packed, `position_ids`: int32 arrays of one length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Tokens of one example, at most `max_length`; `repairs` names what was cut."""
+
+    ids: Sequence[int]
+    trained: Sequence[int]
+    repairs: tuple[str, ...] = ()
+
+
+def fit(rendered: Rendered, max_length: int, on_overlong: str, *, document: bool = False) -> Fitted | Drop:
+    """Cut to `max_length` tokens after the last whole turn that fits, so that what is trained ends with its turn end.
+
+    A document has no turns: it is cut anywhere, and loses its end token.
+
+    Raises:
+        ValueError: it is longer and `on_overlong` is `error`; the text says by how much.
+    """
+    ids, trained, repairs = rendered.ids, rendered.trained, ()
+    if len(ids) > max_length:
+        if on_overlong == "error":
+            raise ValueError(f"{len(ids):,} tokens, above data.max_length {max_length:,}")
+        if on_overlong == "drop":
+            return Drop("longer than max_length")
+        end = max_length if document else max((turn for turn in rendered.turns if turn <= max_length), default=0)
+        if not end:
+            return Drop("the first trained answer does not fit max_length")
+        ids, trained, repairs = ids[:end], trained[:end], ("cut to max_length",)  # type: ignore[assignment]
+    if not any(trained[1:]):
+        return Drop("no trained token")
+    return Fitted(ids, trained, repairs)
+
+
+def tokenise(
+    kept: Iterable[Kept],
+    family: Family,
+    encoder: Encoder,
+    policies: Policies,
+    *,
+    max_length: int,
+    train_on: TrainOn,
+    workers: int = 1,
+) -> Iterator[tuple[Kept, Fitted | Drop]]:
+    """Every example with its tokens, in order. Lazy: reads a few chunks ahead.
+
+    Raises:
+        UserError: an example is too long and `policies.on_overlong` is `error`.
+    """
+    for chunk, rendered in _render(_chunks(kept), family, encoder, train_on, workers):
+        for one, row in zip(chunk, rendered, strict=True):
+            try:
+                yield one, fit(row, max_length, policies.on_overlong, document=isinstance(one.example, Document))
+            except ValueError as error:
+                fix = "raise data.max_length, or set data.on_overlong: truncate"
+                raise UserError(str(error), where=one.where, fix=fix) from None
+
+
+def _chunks(kept: Iterable[Kept]) -> Iterator[list[Kept]]:
+    rows = iter(kept)
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def _render(
+    chunks: Iterator[list[Kept]], family: Family, encoder: Encoder, train_on: TrainOn, workers: int
+) -> Iterator[tuple[list[Kept], list[Rendered]]]:
+    if workers == 1:
+        for chunk in chunks:
+            yield chunk, render_many([one.example for one in chunk], family, encoder, train_on)
+        return
+    # Not forked: a fork of a process that has used the tokenizer's or torch's threads can hang.
+    context = multiprocessing.get_context("spawn")
+    setup = (family.name, encoder, train_on)
+    with ProcessPoolExecutor(workers, context, _start_worker, setup) as pool:
+        waiting: deque[tuple[list[Kept], Future[list[Rendered]]]] = deque()
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_work, [one.example for one in chunk])))
+            if len(waiting) > 2 * workers:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        for first, result in waiting:
+            yield first, result.result()
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(family: str, encoder: Encoder, train_on: TrainOn) -> None:
+    _worker.update(family=FAMILIES[family], encoder=encoder, train_on=train_on)
+
+
+def _work(examples: list[Example]) -> list[Rendered]:
+    return render_many(examples, **_worker)
+
+
+class Documents:
+    """Tokens of many documents in two flat arrays: four bytes an id, one a mask entry."""
+
+    def __init__(self) -> None:
+        self._ids = array("i")
+        self._trained = bytearray()
+        self._ends = [0]
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def append(self, fitted: Fitted) -> None:
+        self._ids.extend(fitted.ids)
+        self._trained.extend(fitted.trained)
+        self._ends.append(len(self._ids))
+
+    def length(self, index: int) -> int:
+        return self._ends[index + 1] - self._ends[index]
+
+    def row(self, index: int) -> TrainRow:
+        """`input_ids` and `labels` of one document. The first label is never trained: nothing comes before it, and in a
+        pack it would be predicted from the document before."""
+        start, end = self._ends[index], self._ends[index + 1]
+        ids = np.array(self._ids[start:end], dtype=np.int32)
+        labels = np.where(np.frombuffer(self._trained[start:end], dtype=np.uint8) != 0, ids, np.int32(IGNORED))
+        labels[0] = IGNORED
+        return {"input_ids": ids, "labels": labels.astype(np.int32)}
+
+    def packed(self, indices: Sequence[int]) -> TrainRow:
+        """Several documents as one row; `position_ids` restart at each."""
+        rows = [self.row(index) for index in indices]
+        return {
+            "input_ids": np.concatenate([row["input_ids"] for row in rows]),
+            "labels": np.concatenate([row["labels"] for row in rows]),
+            "position_ids": np.concatenate([np.arange(len(row["input_ids"]), dtype=np.int32) for row in rows]),
+        }
+
+    def training_rows(self, order: Sequence[int], max_length: int, packing: bool) -> Iterator[TrainRow]:
+        """Rows of the documents in `order`."""
+        if packing:
+            for row in pack([self.length(index) for index in order], max_length):
+                yield self.packed([order[place] for place in row])
+        else:
+            for index in order:
+                yield self.row(index)
