@@ -321,14 +321,14 @@ TINY_NAMES = (
     "gemma4_text",
     "gemma4_unified",
 )
-"""What `make_tiny` can make. `gemma3n` means `gemma3n_text`: the class with towers needs the package timm."""
+"""What `make_tiny` can make and every loader opens. `gemma3n` is for text-only loading: see `_publish_as_3n`."""
 
 
 def make_tiny(family_name: str, folder: Path, **overrides: Any) -> Path:
     """Write a tiny random Gemma into `folder` and return it.
 
     Args:
-        family_name: one of `TINY_NAMES`, or `gemma3n`.
+        family_name: one of `TINY_NAMES`, or `gemma3n` (published layout, to be loaded as text only).
         folder: is made; files in it are overwritten.
         overrides: fields of the text config, e.g. `num_hidden_layers=2, layer_types=[...]`.
     """
@@ -344,7 +344,28 @@ def make_tiny(family_name: str, folder: Path, **overrides: Any) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _widen(model)
         model.save_pretrained(folder)
+    if family_name == "gemma3n":
+        _publish_as_3n(folder)
     return write_tokenizer(name, folder)
+
+
+def _publish_as_3n(folder: Path) -> None:
+    """Give a text-only Gemma 3n the layout of the published one: nested config, prefixed names, a tower's tensor.
+
+    The class with towers needs the package timm for its vision tower, so only the text side of this can be opened.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in load_file(file).items()}
+    tensors["model.vision_tower.timm_model.conv_stem.conv.weight"] = torch.zeros(2, 2)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    outer = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], "text_config": config}
+    # Without names of labels, reading the config asks timm for ImageNet's.
+    outer["vision_config"] = {"model_type": "gemma3n_vision", "label_names": ["LABEL_0", "LABEL_1"], "num_classes": 2}
+    (folder / "config.json").write_text(json.dumps(outer, indent=2), encoding="utf-8")
 
 
 def _widen(model: Any) -> None:

@@ -79,6 +79,7 @@ def _check_family(source: ModelSource, family: Family, only_text: bool) -> None:
 
 
 def _from_pretrained(source: ModelSource, only_text: bool, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    remedies.import_bitsandbytes()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

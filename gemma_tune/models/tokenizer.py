@@ -123,7 +123,7 @@ class GemmaEncoder:
 
         Lone surrogates, which JSON can carry and UTF-8 cannot, become U+FFFD.
         """
-        clean = [text.encode("utf-8", "replace").decode("utf-8") if not _is_utf8(text) else text for text in texts]
+        clean = [text if _is_utf8(text) else _replace_surrogates(text) for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch(clean, add_special_tokens=False)]
 
 
@@ -133,3 +133,7 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _replace_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
