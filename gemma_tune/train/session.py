@@ -141,6 +141,8 @@ class RunFolder:
             self.record["segments"] = [*earlier.get("segments", []), {"from_step": step, "started": now()}]
             self.record["started"] = earlier.get("started") or now()
             self.record["results"] = earlier.get("results", {})
+            if "wandb" in earlier:
+                self.record["wandb"] = earlier["wandb"]
             self.record["status"] = "running"
             checkpoint.write_atomically(self.path / "recipe.yaml", redact(recipe_text))
             checkpoint.write_atomically(self.path / "plan.json", dump(plan.to_json()))

@@ -18,7 +18,7 @@ from gemma_tune.data.build import Prepared, build
 from gemma_tune.data.collate import Collator
 from gemma_tune.errors import Aborted, Stopped, TrainingError
 from gemma_tune.gemma.families import FAMILIES, Family
-from gemma_tune.models.load import load_base
+from gemma_tune.models.load import check_vocabulary, load_base, set_stop_ids
 from gemma_tune.models.lora import attach, save_adapter
 from gemma_tune.models.reference import ModelSource, resolve
 from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
@@ -82,7 +82,7 @@ def run_sft(
             console.print(f"the run in {folder.path} is finished", highlight=False)
             return dict(earlier["results"])
         with memory_errors(plan):
-            model = load_model(plan, materials.family)
+            model = load_model(plan, materials)
         folder.open(recipe_text=recipe_text, plan=plan, record=describe(plan, materials, identity), resumed=search)
         run = Run(plan, materials, model, folder, identity, search.found, signals, console)
         return run.execute()
@@ -93,17 +93,19 @@ def gather(plan: Plan) -> Materials:
     family = FAMILIES[plan.family]
     chosen = plan.values("model")
     source = resolve(chosen["name"], chosen.get("revision"))
-    tokenizer = load_tokenizer(chosen.get("tokenizer") or chosen["name"], chosen.get("revision"), family)
+    other = chosen.get("tokenizer")
+    tokenizer = load_tokenizer(other or chosen["name"], None if other else chosen.get("revision"), family)
     encoder = GemmaEncoder(tokenizer, family)
     return Materials(family, source, tokenizer, encoder, build(family, encoder, **plan.values("data")))
 
 
-def load_model(plan: Plan, family: Family) -> Any:
+def load_model(plan: Plan, materials: Materials) -> Any:
     """The base of `plan`, with its adapter where it has one."""
     set_seed(plan.values("session")["seed"])  # peft draws A at random
-    model = load_base(plan.values("model"), plan.values("quantization"), family)
+    model = load_base(plan.values("model"), plan.values("quantization"), materials.family)
+    check_vocabulary(model, materials.tokenizer, materials.family)
     lora = plan.values("lora")
-    return attach(model, lora, family) if lora else model
+    return attach(model, lora, materials.family) if lora else model
 
 
 def describe(plan: Plan, materials: Materials, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def describe(plan: Plan, materials: Materials, identity: Mapping[str, Any]) -> d
             "revision": family.template_revision,
             "sha256": family.template_sha256,
         },
-        "data": {"fingerprint": materials.data.fingerprint, "report": materials.data.report},
+        "data": {"fingerprint": materials.data.fingerprint, "report": materials.data.report.to_json()},
         "seed": plan.values("session")["seed"],
         "identity": dict(identity),
     }
@@ -203,10 +205,10 @@ class Run:
             agree=agreement(trainer),
         )
         progress = ProgressDisplay(self.console, lambda: trainer.counters)
+        self._track(trainer)  # first: it must be there when the base's figures are logged
         trainer.add_callback(rhythm)
         trainer.add_callback(MetricsFile(self.folder, lambda: trainer.counters))
         trainer.add_callback(progress)
-        self._track(trainer)
         try:
             self._loop(trainer, steps)
         finally:
@@ -296,7 +298,13 @@ class Run:
         name = "adapter" if self.plan.lora else "model"
         staging = self.folder.path / f".staging-{name}"
         shutil.rmtree(staging, ignore_errors=True)
-        save_adapter(self.model, staging, self.materials.family, self.materials.tokenizer)
+        family, tokenizer = self.materials.family, self.materials.tokenizer
+        if self.plan.lora:
+            save_adapter(self.model, staging, family, tokenizer)
+        else:
+            set_stop_ids(self.model, family)
+            self.model.save_pretrained(str(staging))
+            tokenizer.save_pretrained(str(staging))
         checkpoint.seal(staging, {"step": self.step})
         checkpoint.publish(staging, self.folder.path / name)
         return name
@@ -355,7 +363,7 @@ def memory_errors(plan: Plan) -> Iterator[None]:
         raise TrainingError(
             f"out of memory with batch.micro {micro} and data.max_length {length}",
             where=str(exc).splitlines()[0][:200] if str(exc) else "",
-            fix="set batch.micro: 1 (batch.size stays), memory.gradient_checkpointing: true, or a smaller data.max_length",
+            fix="set batch.micro: 1 (batch.size stays), memory.gradient_checkpointing: true, or lower data.max_length",
         ) from exc
 
 
