@@ -1,0 +1,297 @@
+"""The command line: argv -> a command, and every failure -> an exit code and a message.
+
+typer only parses. Each command here returns what is to be done, and `main` does it outside of typer, so that this one
+place decides what becomes of an exception. A command's module is imported when it is chosen: `--help` imports neither
+torch nor pydantic.
+
+Exit codes: 0 done; 1 a bug of ours; 2 the user's input; 3 environment or access; 4 the training failed; 75 stopped by a
+signal and resumable; 130 interrupted; 141 the reader of our output went away.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from enum import Enum
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from gemma_tune import __version__, console
+from gemma_tune.errors import AccessError, GemmaTuneError, UserError
+from gemma_tune.privacy import keep_private
+
+Job = Callable[[], int]
+
+BROKEN_PIPE = 141
+INTERRUPTED = 130
+
+OVERRIDES_HELP = (
+    "Values that replace the recipe's own: `optim.learning_rate=1e-4` or `--optim.learning_rate 1e-4`. "
+    "A number picks a list item: `data.sources.0.name=mine.jsonl`."
+)
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Unknown options are overrides; they reach the recipe reader, which knows the keys."""
+
+app = typer.Typer(
+    name="gemma-tune",
+    help="Fine-tune Google's Gemma models from YAML recipes.",
+    epilog="Start with: gemma-tune recipes list. `--debug` with any command shows the traceback of an error.",
+    add_completion=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="The recipes that come with gemma-tune.", rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+
+class Resume(Enum):
+    """What to do with checkpoints that are in the run folder already."""
+
+    never = "never"
+    auto = "auto"
+    must = "must"
+
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES_HELP, show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.out(f"gemma-tune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=OVERRIDES)
+def sft(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Resume, typer.Option(help="Go on from the newest good checkpoint: if there is one (auto), or fail (must).")
+    ] = Resume.never,
+) -> Job:
+    """Supervised fine-tuning: QLoRA, LoRA or full."""
+    path, changes = split_recipe([recipe, *(overrides or ())], context)
+    return lambda: _command("sft").run(path, changes, resume.value)
+
+
+@app.command(context_settings=OVERRIDES)
+def check(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    machine: Annotated[
+        str | None, typer.Option(help="Plan for another machine: cpu, t4, a100, h100, 8xh100. Default: this one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> Job:
+    """Print a recipe's plan, with reasons and memory.
+
+    Each derived value comes with its reason, and the memory that the run will need term by term. Nothing is loaded.
+    """
+    path, changes = split_recipe([recipe, *(overrides or ())], context)
+    return lambda: _command("check").run(path, changes, machine, as_json)
+
+
+@app.command(context_settings=OVERRIDES)
+def show(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows to show.")] = 3,
+    as_json: AsJson = False,
+) -> Job:
+    """Show training rows: tokens, loss mask, prompt.
+
+    Every token that carries loss is coloured; pack borders and the prompt as it will be at inference are shown as well.
+    """
+    path, changes = split_recipe([recipe, *(overrides or ())], context)
+    return lambda: _command("show").run(path, changes, rows, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> Job:
+    """Examine this machine and its libraries."""
+    return lambda: _command("doctor").run(as_json)
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A hub id, a model folder or a run folder.")],
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Answer this and leave; may be given several times.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens in an answer at most.")] = 256,
+    system: Annotated[str | None, typer.Option(help="A system turn.")] = None,
+) -> Job:
+    """Talk to a model or to the result of a run."""
+    return lambda: _command("chat").run(target, list(prompts or ()), max_new_tokens, system)
+
+
+@recipes_app.command("list")
+def recipes_list() -> Job:
+    """List the recipes that come with gemma-tune."""
+    return lambda: _command("recipes").list_()
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="A name from `gemma-tune recipes list`.")],
+    destination: Annotated[str | None, typer.Argument(help="File or folder. Default: this folder.")] = None,
+) -> Job:
+    """Copy one of them, to be changed."""
+    return lambda: _command("recipes").copy(name, destination)
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> Job:
+    """Print the JSON Schema of recipes, for editors."""
+    return lambda: _command("recipes").schema()
+
+
+def _command(name: str) -> Any:
+    return import_module(f"gemma_tune.commands.{name}")
+
+
+def split_recipe(words: Sequence[str], context: typer.Context) -> tuple[str, list[str]]:
+    """The recipe's path and the overrides, whatever their order.
+
+    Raises:
+        UserError: no recipe is named, or an option is misspelt.
+    """
+    overrides: list[str] = []
+    recipe = None
+    rest = iter(words)
+    for word in rest:
+        if word.startswith("--"):
+            _refuse_misspelt_option(word, context)
+            overrides.append(word)
+            if "=" not in word:
+                overrides.extend(value for value in [next(rest, None)] if value is not None)
+        elif recipe is None and not _is_assignment(word):
+            recipe = word
+        else:
+            overrides.append(word)
+    if recipe is None:
+        raise UserError("no recipe is named", where="command line", fix=f"gemma-tune {context.info_name} RECIPE.yaml")
+    return recipe, overrides
+
+
+def _is_assignment(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return bool(equals) and all(part.isidentifier() or part.isdecimal() for part in key.split("."))
+
+
+def _refuse_misspelt_option(word: str, context: typer.Context) -> None:
+    """`--resum auto` looks like an override of a key `resum`; say what it really is."""
+    name = word.removeprefix("--").partition("=")[0]
+    if "." in name:
+        return
+    from gemma_tune.recipe.names import nearest
+    from gemma_tune.recipe.schema import Recipe
+
+    if name.replace("-", "_") in Recipe.model_fields:
+        return
+    options = [option.removeprefix("--") for parameter in context.command.params for option in parameter.opts]
+    near = nearest(name, options, limit=1)
+    if near:
+        raise UserError(f"no such option: --{name}", where="command line", fix=f"did you mean --{near[0]}?")
+
+
+_ENVIRONMENT = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EIO,
+}
+"""Failures of the operating system that are the machine's, wherever they happen."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run gemma-tune with `argv` (default: sys.argv without its first item) and return the exit code."""
+    keep_private(os.environ)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets its number instead of a crash.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    debug = "--debug" in arguments
+    try:
+        code = _run([argument for argument in arguments if argument != "--debug"])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends; give it something that takes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        _debug_traceback(debug)
+        console.err("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        _debug_traceback(debug)
+        failure = _as_ours(error)
+        console.print_error(failure)
+        return failure.exit_code
+
+
+def _debug_traceback(wanted: bool) -> None:
+    if wanted:
+        sys.stderr.write(console.masked(traceback.format_exc()))
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    job = command.main(args=arguments, prog_name="gemma-tune", standalone_mode=False)
+    return (job() or 0) if callable(job) else int(job or 0)
+
+
+def _as_ours(error: Exception) -> GemmaTuneError:
+    """Any exception as one that we can show."""
+    if isinstance(error, GemmaTuneError):
+        return error
+    # typer brings its own copy of click since 0.16; both mark a usage error by these two attributes.
+    if hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2:
+        return _usage_error(error)
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+        return AccessError(
+            f"{error.strerror}", where=str(error.filename or ""), fix="check the disk, its quota and the rights"
+        )
+    if isinstance(error, MemoryError):
+        return AccessError("this machine has not enough memory", fix="gemma-tune check RECIPE shows what a run needs")
+    summary = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return GemmaTuneError(
+        f"internal error: {summary}", fix="run the same command with --debug and report what it prints: this is a bug"
+    )
+
+
+def _usage_error(error: Any) -> UserError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "gemma-tune"
+    message = error.format_message().strip()
+    fix = f"see: {path} --help"
+    name = getattr(error, "message", "").partition("'")[2].partition("'")[0]
+    if message.startswith("No such command") and name.endswith((".yaml", ".yml")):
+        fix = f"gemma-tune sft {name}"
+    return UserError(message, where="command line", fix=fix)

@@ -1,0 +1,47 @@
+"""`gemma-tune recipes list | copy | schema`."""
+
+from __future__ import annotations
+
+import json
+
+from gemma_tune import console
+from gemma_tune.recipe.shipped import copy_shipped, shipped_recipes
+
+SCHEMA_FILE = "recipe.schema.json"
+"""What the first line of each recipe calls the schema."""
+
+
+def list_() -> int:
+    """Print the shipped recipes with what they do and what was measured."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what", ratio=3)
+    table.add_column("measured", ratio=2)
+    for recipe in shipped_recipes():
+        table.add_row(recipe.name, console.printable(recipe.what), console.printable(recipe.measured))
+    console.out(table)
+    return 0
+
+
+def copy(name: str, destination: str | None) -> int:
+    """Copy one shipped recipe, with the schema that its first line points editors to, and print what comes next."""
+    target = copy_shipped(name, destination)
+    beside = target.with_name(SCHEMA_FILE)
+    if not beside.exists():
+        beside.write_text(_schema_text(), "utf-8")
+    console.out(f"{target}\nlook at it:  gemma-tune check {target}\nrun it:      gemma-tune sft {target}")
+    return 0
+
+
+def schema() -> int:
+    """Print the JSON Schema of a recipe."""
+    console.out(_schema_text().rstrip())
+    return 0
+
+
+def _schema_text() -> str:
+    from gemma_tune.recipe.reader import recipe_schema
+
+    return json.dumps(recipe_schema(), indent=2) + "\n"

@@ -1,0 +1,110 @@
+"""The recipes that come with gemma-tune: a checkout's folder recipes/, an installed package's gemma_tune/_recipes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import gemma_tune
+from gemma_tune.errors import AccessError, UserError
+from gemma_tune.recipe.names import did_you_mean, nearest
+
+_FIELD = re.compile(r"#\s*(What|Run|Measured):\s*(.*)")
+_CONTINUATION = re.compile(r"#\s{3,}(\S.*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """A recipe that comes with gemma-tune. The last three are its header comments, empty where it has none.
+
+    Attributes:
+        name: the file's name without `.yaml`.
+        path: the file.
+        what: what it does, one sentence.
+        run: the command that runs it.
+        measured: what somebody measured, or that nobody did.
+    """
+
+    name: str
+    path: Path
+    what: str = ""
+    run: str = ""
+    measured: str = ""
+
+
+def recipes_folder() -> Path:
+    """The folder of the shipped recipes.
+
+    Raises:
+        AccessError: the installation has none.
+    """
+    package = Path(gemma_tune.__file__).resolve().parent
+    for folder in (package / "_recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise AccessError("this installation has no recipes", where=str(package), fix="install gemma-tune again")
+
+
+def shipped_recipes(folder: Path | None = None) -> list[Shipped]:
+    """All shipped recipes, by name."""
+    paths = sorted((folder or recipes_folder()).glob("*.yaml"))
+    return [Shipped(path.stem, path, **read_header(path.read_text("utf-8"))) for path in paths]
+
+
+def read_header(text: str) -> dict[str, str]:
+    """The fields of the comment block at the top: `# What: ...`, `# Run: ...`, `# Measured: ...`.
+
+    A comment that is indented by three or more blanks goes on with the field above it.
+    """
+    fields: dict[str, str] = {}
+    last = ""
+    for line in text.removeprefix("\ufeff").splitlines():
+        if not line.startswith("#"):
+            break
+        if found := _FIELD.match(line):
+            last = found[1].lower()
+            fields[last] = found[2].strip()
+        elif last and (more := _CONTINUATION.match(line)):
+            fields[last] = f"{fields[last]} {more[1].strip()}"
+        else:
+            last = ""
+    return fields
+
+
+def find_shipped(name: str, folder: Path | None = None) -> Shipped:
+    """The shipped recipe `name`, with or without `.yaml` and a leading `recipes/`.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    recipes = {recipe.name: recipe for recipe in shipped_recipes(folder)}
+    wanted = name.removeprefix("recipes/").removesuffix(".yaml")
+    if wanted in recipes:
+        return recipes[wanted]
+    hint = did_you_mean(nearest(wanted, recipes)) or "see: gemma-tune recipes list"
+    raise UserError(f"there is no shipped recipe {name!r}", fix=hint)
+
+
+def copy_shipped(name: str, destination: str | Path | None = None, folder: Path | None = None) -> Path:
+    """Copy the shipped recipe `name` to a file or into a folder (default: the working directory); returns the new file.
+
+    Raises:
+        UserError: no such recipe, or the file exists already.
+        AccessError: the file cannot be written.
+    """
+    recipe = find_shipped(name, folder)
+    target = Path(destination) if destination else Path(recipe.path.name)
+    if target.is_dir():
+        target = target / recipe.path.name
+    try:
+        # Mode x: a file of the same name is the user's own recipe and must not be lost.
+        with target.open("xb") as file:
+            file.write(recipe.path.read_bytes())
+    except FileExistsError:
+        raise UserError("exists already", where=str(target), fix="name another file, or remove this one") from None
+    except FileNotFoundError:
+        raise UserError("its folder does not exist", where=str(target), fix=f"mkdir -p {target.parent}") from None
+    except (OSError, ValueError) as error:
+        raise AccessError(f"cannot be written: {error}", where=str(target), fix="name another folder") from None
+    return target
