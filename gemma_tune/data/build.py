@@ -127,7 +127,7 @@ def build(
         if progress and len(groups) % 256 == 0:
             progress(len(groups))
     if not groups:
-        raise _nothing_left(tally)
+        raise nothing_left(tally)
     order = list(range(len(groups)))
     if shuffle:
         random.Random(f"shuffle {seed}").shuffle(order)
@@ -151,7 +151,8 @@ def _prepare_stream(stream: Stream, settings: Mapping[str, Any]) -> Prepared:
     return Prepared(train, held_out, examples, report, _fingerprint(settings, "", held_out))
 
 
-def _nothing_left(tally: Tally) -> UserError:
+def nothing_left(tally: Tally) -> UserError:
+    """The error that every row was dropped, with what each filter removed."""
     return UserError(
         f"no row is left to train on: {tally.why_empty()}",
         where="data.sources",

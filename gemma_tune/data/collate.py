@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
-"""Label of a token that carries no loss (torch's cross entropy)."""
+from gemma_tune.data.tokens import IGNORED as IGNORED
 
 
 class Collator:

@@ -22,7 +22,7 @@ from gemma_tune.gemma.conversation import Document, Example
 from gemma_tune.gemma.families import FAMILIES, Family
 
 IGNORED = -100
-"""Label of a token that carries no loss."""
+"""Label of a token that carries no loss (torch's cross entropy)."""
 CHUNK = 256
 """Examples in one call of the encoder."""
 

@@ -1,0 +1,194 @@
+"""`gemma-tune show`: training rows as the model will see them, token by token, with the loss mask.
+
+Needs the tokenizer and the data, never the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby, islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune import console
+from gemma_tune.gemma.chat import render_prompt
+from gemma_tune.gemma.conversation import Conversation, Document, Example
+from gemma_tune.plan.facts import model_facts
+from gemma_tune.recipe.reader import read_recipe
+from gemma_tune.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from gemma_tune.gemma.chat import Encoder
+    from gemma_tune.gemma.families import Family
+
+SAMPLE = 1000
+"""Rows of each source that are read for the picture and its report: enough to see, quick to wait for."""
+
+
+def run(recipe: str, overrides: list[str], rows: int, as_json: bool) -> int:
+    """Print `rows` training rows of `recipe`.
+
+    As JSON: one object a line for each example in the order of the sources, before the holdout split and packing, with
+    `ids`, `trained` (1 where a token carries loss), `text` (the ids decoded), `prompt_ids` (what the model is given to
+    answer the first trained turn) and `where`.
+    """
+    read = read_recipe(recipe, overrides)
+    family, _ = model_facts(read.model.name, read.model.revision)
+    from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
+
+    tokenizer = load_tokenizer(
+        read.model.tokenizer or read.model.name, None if read.model.tokenizer else read.model.revision, family
+    )
+    encoder = GemmaEncoder(tokenizer, family)
+    if as_json:
+        for row in islice(json_rows(read, family, encoder, tokenizer), rows):
+            print(json.dumps(row, ensure_ascii=False))
+    else:
+        _show(read, family, encoder, tokenizer, rows)
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- JSON
+
+
+def json_rows(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Every example that would be trained, one by one, as `run` describes it."""
+    from gemma_tune.data.mix import read_examples
+    from gemma_tune.data.policies import Drop, Policies
+    from gemma_tune.data.report import Tally
+    from gemma_tune.data.tokens import tokenise
+
+    data = recipe.data
+    policies = Policies(data.system_role, data.fix_roles, data.on_empty_turn, data.on_overlong, data.on_bad_row)
+    kept = read_examples(
+        [source.model_dump() for source in data.sources],
+        family,
+        policies,
+        tally := Tally(),
+        deduplicate=data.deduplicate,
+        streaming=data.streaming,
+        seed=recipe.seed,
+    )
+    fitted = tokenise(kept, family, encoder, policies, max_length=data.max_length, train_on=data.train_on)
+    shown = 0
+    for one, tokens in fitted:
+        if isinstance(tokens, Drop):
+            tally.drop(tokens.reason, one.where)
+            continue
+        shown += 1
+        yield {
+            "ids": list(tokens.ids),
+            "trained": list(tokens.trained),
+            "text": tokenizer.decode(tokens.ids, skip_special_tokens=False),
+            "prompt_ids": prompt_ids(one.example, family, encoder, data.train_on),
+            "where": one.where,
+        }
+    if not shown:
+        from gemma_tune.data.build import nothing_left
+
+        raise nothing_left(tally)
+
+
+def prompt_ids(example: Example, family: Family, encoder: Encoder, train_on: str = "model_turns") -> list[int]:
+    """What the model is given at inference, to answer the first trained turn. A document starts from nothing."""
+    if isinstance(example, Document):
+        return [family.bos_id]
+    turns = [index for index, message in enumerate(example.messages) if message.role == "model"]
+    before = example.messages[: turns[-1] if train_on == "last_model_turn" else turns[0]]
+    if not before:
+        return [family.bos_id]
+    return render_prompt(replace(example, messages=before), family, encoder)
+
+
+# ------------------------------------------------------------------------------------------------------- for people
+
+
+def _show(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any, rows: int) -> None:
+    from gemma_tune.data.build import build
+
+    data = recipe.data.model_dump()
+    sources = [source.model_dump() for source in recipe.data.sources]
+    sampled = [source | {"limit": min(source["limit"] or SAMPLE, SAMPLE)} for source in sources]
+    prepared = build(family, encoder, **(data | {"sources": sampled, "workers": 1}), seed=recipe.seed)
+    marks = not console.stdout().is_terminal or console.stdout().no_color
+    console.out(_legend(marks))
+    for number, row in enumerate(islice(prepared.train, rows), 1):
+        console.out(_heading(number, row, family))
+        console.out(picture(row, family, tokenizer, marks))
+    example = next(iter(prepared.held_out_examples), None)
+    if isinstance(example, Conversation):
+        text = tokenizer.decode(prompt_ids(example, family, encoder), skip_special_tokens=False)
+        console.out("\nthe prompt at inference, for the first held-out row:")
+        console.out(console.escaped(text))
+    console.out(f"\nthe data (at most {SAMPLE:,} rows of each source were read):")
+    for line in prepared.report.lines():
+        console.out(f"  {console.escaped(line)}")
+
+
+_STYLES = {"trained": "green", "trained control": "bold black on green", "control": "bold magenta", "plain": "dim"}
+
+
+def _legend(marks: bool) -> Text:
+    from rich.text import Text
+
+    if marks:
+        return Text("tokens between ⟦ and ⟧ carry loss")
+    return Text.assemble(
+        ("trained", _STYLES["trained"]),
+        " ",
+        ("trained control token", _STYLES["trained control"]),
+        " ",
+        ("control token", _STYLES["control"]),
+        " ",
+        ("not trained", _STYLES["plain"]),
+    )
+
+
+def _heading(number: int, row: Mapping[str, Any], family: Family) -> str:
+    ids = row["input_ids"]
+    trained = sum(label != -100 for label in row["labels"])
+    documents = len(_borders(row))
+    return (
+        f"\nrow {number}: {len(ids):,} tokens, {trained:,} trained, "
+        f"{documents} document{'s' if documents > 1 else ''}, {ids.count(family.bos_id)} BOS"
+    )
+
+
+def _borders(row: Mapping[str, Any]) -> list[int]:
+    """Where the documents of a row begin: their positions restart at 0."""
+    positions = row.get("position_ids")
+    return [0] if positions is None else [index for index, position in enumerate(positions) if position == 0]
+
+
+def picture(row: Mapping[str, Any], family: Family, tokenizer: Any, marks: bool = False) -> Text:
+    """The tokens of a training row as coloured text, documents divided by a line.
+
+    Args:
+        row: `input_ids`, `labels`, and `position_ids` where it is packed.
+        marks: put trained tokens between brackets, for outputs without colour.
+    """
+    from rich.text import Text
+
+    control = frozenset(family.tokens.values())
+    text = Text()
+    borders = [*_borders(row), len(row["input_ids"])]
+    for number, (start, end) in enumerate(pairwise(borders)):
+        if number:
+            text.append(f"\n──── document {number + 1} ────\n", "yellow")
+        ids, labels = row["input_ids"][start:end], row["labels"][start:end]
+        for trained, tokens in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != -100):
+            text.append("⟦" if marks and trained else "")
+            for is_control, run_of in groupby([token for token, _ in tokens], key=lambda token: token in control):
+                style = (
+                    ("trained control" if trained else "control") if is_control else ("trained" if trained else "plain")
+                )
+                text.append(_decoded(list(run_of), tokenizer), _STYLES[style])
+            text.append("⟧" if marks and trained else "")
+    return text
+
+
+def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
+    return console.escaped(tokenizer.decode(ids, skip_special_tokens=False))
