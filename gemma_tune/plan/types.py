@@ -40,6 +40,7 @@ class Plan:
         session: what the run folder, samples, evaluation and tracking need.
         memory: the estimate, term by term.
         notes: what the user should know before starting: one sentence each.
+        refusal: why a run of it would be refused on this machine (it does not fit); empty where it may start.
     """
 
     stage: str
@@ -53,6 +54,7 @@ class Plan:
     session: Mapping[str, Choice]
     memory: tuple[MemoryTerm, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    refusal: str = ""
 
     def values(self, section: str) -> dict[str, Any]:
         """The bare values of one section, to hand to the library: `plan.values("trainer")`."""

@@ -1,0 +1,150 @@
+"""How the base is loaded and what is trained on it: types, attention, quantisation, adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel
+
+from gemma_tune.gemma.families import Family
+from gemma_tune.plan.machine import Machine
+from gemma_tune.plan.types import Choice
+from gemma_tune.recipe.schema import Adapter, Recipe
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def written(section: BaseModel, key: str) -> Choice:
+    """The recipe's own value, with `recipe` or `default` as its reason."""
+    return Choice(getattr(section, key), "recipe" if key in section.model_fields_set else "default")
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The types of a run.
+
+    Attributes:
+        weights: type in which the base is loaded (what is not quantised of it).
+        compute: type of the matrix products.
+        autocast: type of torch.autocast, None where no autocast is needed.
+        why: reason for `compute`.
+        why_weights: reason for `weights`.
+        why_autocast: reason for `autocast`.
+    """
+
+    weights: str
+    compute: str
+    autocast: Literal["bf16", "fp16"] | None
+    why: str
+    why_weights: str
+    why_autocast: str
+
+
+def choose_precision(recipe: Recipe, machine: Machine, family: Family) -> Precision:
+    """Types that this Gemma trains in without overflow on this machine."""
+    compute, why = _compute_type(recipe, machine, family)
+    if recipe.adapter is None:
+        # bf16 has 8 bits of mantissa: an update below 1/256 of a weight is lost, so weights are kept in fp32.
+        autocast: Literal["bf16", "fp16"] | None = {"bfloat16": "bf16", "float16": "fp16"}.get(compute)  # type: ignore[assignment]
+        if autocast is None:
+            return Precision("float32", compute, None, why, "as computed", "everything is fp32")
+        weights = "fp32 masters: small updates would be lost in 16 bits"
+        return Precision("float32", compute, autocast, why, weights, f"matrix products in {autocast} on fp32 masters")
+    if compute == "float16":
+        # Small gradients underflow fp16, so the loss is scaled; the Trainer scales only under autocast.
+        return Precision(
+            compute, compute, "fp16", why, why, "fp16 gradients need loss scaling, which comes with autocast"
+        )
+    # peft casts what enters an adapter to the adapter's fp32 and its result back (peft 0.21, lora/bnb.py, layer.py), so
+    # a 16-bit base and fp32 adapters work together as they are: less memory and faster than autocast on an fp32 base.
+    no_autocast = "the base is loaded in its compute type and peft casts around the fp32 adapters"
+    return Precision(compute, compute, None, why, why, no_autocast)
+
+
+def _compute_type(recipe: Recipe, machine: Machine, family: Family) -> tuple[str, str]:
+    if recipe.model.precision != "auto":
+        return DTYPES[recipe.model.precision], "recipe"
+    if machine.bf16:
+        return "bfloat16", f"Gemma is published in bf16 and {machine.name} multiplies it natively"
+    if machine.device == "cpu":
+        return (
+            "float32",
+            f"{machine.name} has no bf16 instructions (AVX512-BF16, AMX): emulating them is slower than fp32",
+        )
+    if family.fp16_safe:
+        return "float16", f"{machine.name} has no bf16, and {family.label} is known not to overflow fp16"
+    return "float32", f"{machine.name} has no bf16, and {family.label} overflows fp16: slower, but it trains"
+
+
+def choose_attention(recipe: Recipe, family: Family) -> Choice:
+    """The recipe's attention, or the first that is right for this generation."""
+    if recipe.model.attention != "auto":
+        return Choice(recipe.model.attention, "recipe")
+    first = family.attention[0]
+    if family.attention_softcap is not None:
+        return Choice(
+            first, f"{family.label} caps attention scores at {family.attention_softcap:g}, which sdpa cannot do"
+        )
+    return Choice(first, f"exact for {family.label}, packed rows too, and no extra package")
+
+
+def model_choices(recipe: Recipe, family: Family, precision: Precision) -> dict[str, Choice]:
+    """Keywords of `models.load`."""
+    model = recipe.model
+    text_only = written(model, "text_only")
+    if model.text_only and family.text_model_type is None:
+        text_only = Choice(True, f"recipe, without effect: {family.label} has no towers")
+    return {
+        "name": written(model, "name"),
+        "revision": Choice(
+            model.revision, "recipe" if model.revision else "default: the newest; run.json records the commit"
+        ),
+        "tokenizer": Choice(model.tokenizer, "recipe" if model.tokenizer else "default: the model's own"),
+        "text_only": text_only,
+        "dtype": Choice(precision.weights, precision.why_weights),
+        "attn_implementation": choose_attention(recipe, family),
+    }
+
+
+def quantization_choices(recipe: Recipe, family: Family, precision: Precision) -> dict[str, Choice]:
+    """Keywords of `transformers.BitsAndBytesConfig`; empty where the base is not quantised."""
+    skip = Choice(list(family.skip_quantization), f"modules of {family.label} that must keep 16 bits")
+    if recipe.model.quantization == "nf4":
+        return {
+            "load_in_4bit": Choice(True, "model.quantization: nf4"),
+            "bnb_4bit_quant_type": Choice("nf4", "QLoRA (arXiv 2305.14314): made for normally distributed weights"),
+            "bnb_4bit_use_double_quant": written(recipe.model, "double_quantization"),
+            "bnb_4bit_compute_dtype": Choice(precision.compute, precision.why),
+            "bnb_4bit_quant_storage": Choice(
+                precision.weights, "FSDP shards packed weights only in the type of the others"
+            ),
+            "llm_int8_skip_modules": skip,
+        }
+    if recipe.model.quantization == "int8":
+        return {
+            "load_in_8bit": Choice(True, "model.quantization: int8"),
+            "llm_int8_threshold": Choice(6.0, "LLM.int8() (arXiv 2208.07339): larger inputs are multiplied in 16 bits"),
+            "llm_int8_skip_modules": skip,
+        }
+    return {}
+
+
+def lora_choices(adapter: Adapter | None, family: Family) -> dict[str, Choice]:
+    """Keywords of `peft.LoraConfig`; empty for a full fine-tune."""
+    if adapter is None:
+        return {}
+    return {
+        "r": written(adapter, "r"),
+        "lora_alpha": written(adapter, "alpha"),
+        "lora_dropout": written(adapter, "dropout"),
+        "target_modules": Choice(
+            family.lora_targets[adapter.targets],
+            f"{adapter.targets} of the text decoder; a list of names reaches the towers",
+        ),
+        "use_rslora": written(adapter, "rslora"),
+        "use_dora": written(adapter, "dora"),
+        "bias": Choice("none", "Gemma's linear layers have none"),
+        "task_type": Choice("CAUSAL_LM", "what is trained"),
+    }

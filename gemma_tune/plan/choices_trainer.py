@@ -1,0 +1,144 @@
+"""Every keyword that trl's SFTConfig receives. Names are those of trl 1.16 and transformers 5.23."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
+
+from gemma_tune.plan.choices_batch import Batch
+from gemma_tune.plan.choices_model import Precision, written
+from gemma_tune.plan.machine import Machine
+from gemma_tune.plan.types import Choice
+from gemma_tune.recipe.schema import Recipe
+
+_OWN_DATA = "rows arrive tokenised, labelled and packed by gemma_tune.data"
+_OWN_CHECKPOINTS = "checkpoints are ours: written whole or not at all"
+_OWN_EVALUATION = "evaluation is ours: weighted by trained tokens"
+_NON_REENTRANT = "exact also where layers share keys and values; reentrant checkpointing is silently wrong there"
+_NON_FINITE = "a non-finite loss must be seen, not written down as 0"
+
+# SFTConfig keywords that `advanced.trainer` may not carry although no key of the recipe owns them (those that one owns:
+# recipe.names.OWNED_BY_RECIPE) -> why.
+FIXED: dict[str, str] = {
+    "activation_checkpointing": "memory.gradient_checkpointing decides it",
+    "activation_checkpointing_kwargs": _NON_REENTRANT,
+    "average_tokens_across_devices": "a token counts the same on every process",
+    "eval_on_start": _OWN_EVALUATION,
+    "label_names": _OWN_DATA,
+    "truncation_mode": _OWN_DATA,
+    "logging_nan_inf_filter": _NON_FINITE,
+    "trust_remote_code": "no code from a model folder is run",
+    "hub_token": "secrets do not belong in recipes",
+}
+
+
+def trainer_choices(recipe: Recipe, machine: Machine, precision: Precision, batch: Batch) -> dict[str, Choice]:
+    """Keywords of `trl.SFTConfig`, those of `advanced.trainer` last."""
+    chosen = {
+        "output_dir": written(recipe, "output"),
+        "seed": written(recipe, "seed"),
+        "data_seed": Choice(recipe.seed, "the recipe's seed"),
+        **_batch(batch),
+        **_optim(recipe, machine),
+        **_types(machine, precision),
+        **_checkpointing(batch),
+        **_speaking(recipe),
+        **_data(recipe, machine),
+    }
+    unchecked = {key: Choice(value, "advanced.trainer: unchecked") for key, value in recipe.advanced.trainer.items()}
+    return chosen | unchecked
+
+
+def _batch(batch: Batch) -> dict[str, Choice]:
+    return {
+        "per_device_train_batch_size": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "per_device_eval_batch_size": Choice(batch.micro.value, "as in training; evaluation keeps no activations"),
+        "average_tokens_across_devices": Choice(True, FIXED["average_tokens_across_devices"]),
+        "ddp_find_unused_parameters": Choice(False, "every trained parameter takes part in every step"),
+    }
+
+
+def optimizer_choice(recipe: Recipe, machine: Machine) -> Choice:
+    """The optimizer under the name that SFTConfig's `optim` takes."""
+    if recipe.optim.optimizer != "auto":
+        return Choice(recipe.optim.optimizer, "recipe")
+    if machine.device == "cpu":
+        return Choice("adamw_torch", "AdamW of torch")
+    if recipe.adapter is None:
+        return Choice("adamw_8bit", "full fine-tune on a GPU: 2 bytes of state a parameter instead of 8")
+    return Choice("adamw_torch_fused", "AdamW of torch, one kernel for all; an adapter's state is small")
+
+
+def _optim(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
+    optim = recipe.optim
+    steps = (
+        Choice(-1, "default: optim.epochs decides") if optim.max_steps is None else Choice(optim.max_steps, "recipe")
+    )
+    return {
+        "learning_rate": written(optim, "learning_rate"),
+        "lr_scheduler_type": written(optim, "schedule"),
+        # transformers 5 takes a share of the steps as a number below 1 and rounds up.
+        "warmup_steps": written(optim, "warmup_ratio"),
+        "num_train_epochs": written(optim, "epochs"),
+        "max_steps": steps,
+        "optim": optimizer_choice(recipe, machine),
+        "weight_decay": written(optim, "weight_decay"),
+        "max_grad_norm": written(optim, "max_grad_norm"),
+        "adam_beta1": written(optim, "beta1"),
+        "adam_beta2": written(optim, "beta2"),
+        "adam_epsilon": written(optim, "epsilon"),
+    }
+
+
+def _types(machine: Machine, precision: Precision) -> dict[str, Choice]:
+    return {
+        "bf16": Choice(precision.autocast == "bf16", precision.why_autocast),
+        "fp16": Choice(precision.autocast == "fp16", precision.why_autocast),
+        "use_cpu": Choice(machine.device == "cpu", f"the machine is {machine.name}"),
+    }
+
+
+def _checkpointing(batch: Batch) -> dict[str, Choice]:
+    return {
+        "activation_checkpointing": batch.checkpointing,
+        "activation_checkpointing_kwargs": Choice({"use_reentrant": False}, _NON_REENTRANT),
+    }
+
+
+def _speaking(recipe: Recipe) -> dict[str, Choice]:
+    name = recipe.tracking.name
+    run_name = Choice(name, "recipe") if name else Choice(PurePath(recipe.output).name, "default: the output folder's")
+    return {
+        "logging_strategy": Choice("steps", "metrics.jsonl"),
+        "logging_steps": written(recipe.tracking, "log_every"),
+        "logging_first_step": Choice(True, "the first loss shows whether the base was loaded right"),
+        "logging_nan_inf_filter": Choice(False, _NON_FINITE),
+        "disable_tqdm": Choice(True, "the progress bar is ours"),
+        "report_to": Choice(
+            "none", "metrics go to metrics.jsonl; W&B, where asked for, is written by our own callback"
+        ),
+        "run_name": run_name,
+        "save_strategy": Choice("no", _OWN_CHECKPOINTS),
+        "eval_strategy": Choice("no", _OWN_EVALUATION),
+    }
+
+
+def _data(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
+    data = recipe.data
+    sampling = (
+        ("random", "data.shuffle: a new order each epoch") if data.shuffle else ("sequential", "data.shuffle: false")
+    )
+    fixed: dict[str, Any] = {
+        "max_length": None,
+        "packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+    }
+    return {
+        **{key: Choice(value, _OWN_DATA) for key, value in fixed.items()},
+        "train_sampling_strategy": Choice(*sampling),
+        "dataloader_num_workers": Choice(0, "rows are ready token ids: a worker would only copy them"),
+        "dataloader_pin_memory": Choice(machine.device == "cuda", "pinned memory speeds up copies to a GPU"),
+    }

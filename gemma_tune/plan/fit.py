@@ -1,0 +1,113 @@
+"""When a run does not fit the machine: say by how much, and which settings would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gemma_tune.errors import AccessError
+from gemma_tune.gemma.families import Family
+from gemma_tune.gemma.shape import Shape
+from gemma_tune.plan.choices_batch import choose_batch, gib, workload
+from gemma_tune.plan.choices_model import choose_precision
+from gemma_tune.plan.choices_trainer import optimizer_choice
+from gemma_tune.plan.machine import MACHINES, Machine
+from gemma_tune.plan.memory import estimate, total
+from gemma_tune.plan.types import Plan
+from gemma_tune.recipe.schema import Adapter, Recipe
+
+
+def needed(recipe: Recipe, machine: Machine, shape: Shape, family: Family, world_size: int) -> int:
+    """Bytes that this recipe needs on this machine, after `auto` has done what it can."""
+    precision = choose_precision(recipe, machine, family)
+    work = workload(recipe, machine, family, precision, optimizer_choice(recipe, machine).value, world_size)
+    shape = shape.text if recipe.model.text_only else shape
+    return total(estimate(shape, choose_batch(recipe, machine, shape, work).work))
+
+
+def refusal(recipe: Recipe, machine: Machine, shape: Shape, family: Family, world_size: int) -> str:
+    """Why the run cannot start on this machine, with settings that could; empty where it fits."""
+    need = needed(recipe, machine, shape, family, world_size)
+    if need <= machine.memory_bytes:
+        return ""
+    return f"the run needs {gib(need)} and {machine.name} has {gib(machine.memory_bytes)}. " + (
+        _settings(recipe, machine, shape, family, world_size) or _larger_machines(recipe, shape, family)
+    )
+
+
+def _settings(recipe: Recipe, machine: Machine, shape: Shape, family: Family, world_size: int) -> str:
+    """Up to three settings that fit: single changes first, then the changes one on top of the other."""
+
+    def size(candidate: Recipe) -> int:
+        return needed(candidate, machine, shape, family, world_size)
+
+    steps = list(_changes(recipe, shape, family))
+    attempts = [[step] for step in steps] + [steps[:count] for count in range(2, len(steps) + 1)]
+    fitting: list[str] = []
+    for attempt in attempts:
+        need = size(_apply(recipe, [change for _, change in attempt]))
+        # A later value of the same key replaces the earlier one.
+        text = " with ".join({line.partition(":")[0]: line for line, _ in attempt}.values())
+        if need <= machine.memory_bytes and len(fitting) < 3:
+            fitting.append(f"{text} ({gib(need)})")
+    return "Settings that would fit: " + ", or ".join(fitting) + "." if fitting else ""
+
+
+def _changes(recipe: Recipe, shape: Shape, family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes that save memory, the harmless ones first: (as written in a recipe, section -> values)."""
+    adapter = recipe.adapter
+    if recipe.batch.micro not in ("auto", 1):
+        yield "batch.micro: 1", {"batch": {"micro": 1}}
+    if recipe.memory.gradient_checkpointing is False:
+        yield "memory.gradient_checkpointing: true", {"memory": {"gradient_checkpointing": True}}
+    if shape.towers and not recipe.model.text_only:
+        yield "model.text_only: true", {"model": {"text_only": True}}
+    if adapter is None:
+        yield "adapter: {r: 16} with model.quantization: nf4", {"adapter": Adapter(), "model": {"quantization": "nf4"}}
+    elif recipe.model.quantization != "nf4":
+        yield "model.quantization: nf4", {"model": {"quantization": "nf4"}}
+    if recipe.model.attention == "eager" and "sdpa" in family.attention:
+        yield "model.attention: sdpa", {"model": {"attention": "sdpa"}}
+    for length in (recipe.data.max_length // 2, recipe.data.max_length // 4):
+        if length >= 128:
+            yield f"data.max_length: {length}", {"data": {"max_length": length}}
+    if recipe.optim.optimizer in ("auto", "adamw_torch", "paged_adamw_32bit"):
+        yield "optim.optimizer: adamw_8bit", {"optim": {"optimizer": "adamw_8bit"}}
+    if adapter is not None and adapter.r > 8:
+        yield "adapter.r: 8", {"adapter": adapter.model_copy(update={"r": 8})}
+
+
+def _apply(recipe: Recipe, changes: list[dict[str, Any]]) -> Recipe:
+    for change in changes:
+        sections = {
+            name: getattr(recipe, name).model_copy(update=value) if isinstance(value, dict) else value
+            for name, value in change.items()
+        }
+        recipe = recipe.model_copy(update=sections)
+    return recipe
+
+
+def _larger_machines(recipe: Recipe, shape: Shape, family: Family) -> str:
+    """Machines of the table that could hold the run."""
+    fitting = [
+        machine
+        for machine in MACHINES.values()
+        if machine.device == "cuda"
+        and machine.gpus == 1
+        and needed(recipe, machine, shape, family, world_size=1) <= machine.memory_bytes
+    ]
+    if not fitting:
+        return "No setting of this recipe fits it, nor one GPU of the table: choose a smaller Gemma."
+    names = " or ".join(f"{machine.name} ({gib(machine.memory_bytes)})" for machine in fitting[:3])
+    return f"No setting of this recipe fits it: choose a smaller Gemma, or {names}."
+
+
+def require_fit(plan: Plan) -> None:
+    """Stop a run before it loads anything that its machine cannot hold.
+
+    Raises:
+        AccessError: the estimate exceeds the machine's memory; the message holds settings that would fit.
+    """
+    if plan.refusal:
+        what, _, remedy = plan.refusal.partition(". ")
+        raise AccessError(what, where=plan.model["name"].value, fix=remedy)

@@ -1,0 +1,109 @@
+"""What a user should know before starting: one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gemma_tune.gemma.families import Family
+from gemma_tune.gemma.shape import Parameters, Shape, count
+from gemma_tune.plan.choices_batch import BUDGET, gib
+from gemma_tune.plan.choices_model import BYTES, Precision
+from gemma_tune.plan.machine import Machine
+from gemma_tune.plan.memory import total
+from gemma_tune.plan.types import MemoryTerm
+from gemma_tune.recipe.schema import Recipe
+
+LICENCES = {
+    "gemma": "Gemma Terms of Use (ai.google.dev/gemma/terms): who publishes a fine-tune passes them on, with a notice",
+    "apache-2.0": "Apache-2.0",
+}
+
+
+def notes_of(
+    recipe: Recipe,
+    machine: Machine,
+    shape: Shape,
+    family: Family,
+    precision: Precision,
+    memory: tuple[MemoryTerm, ...],
+    processes: int,
+) -> tuple[str, ...]:
+    """The notes of a plan, the most important first."""
+    parameters = count(shape)
+    return (
+        *_room(machine, memory),
+        *_types(recipe, machine, family, precision),
+        *_not_quantised(recipe, shape, parameters, precision),
+        *_towers(recipe, parameters, precision),
+        *_devices(machine, processes),
+        *_run(recipe),
+        f"{family.label} is under the {LICENCES[family.licence]}.",
+    )
+
+
+def _room(machine: Machine, memory: tuple[MemoryTerm, ...]) -> Iterator[str]:
+    need = total(memory)
+    if BUDGET * machine.memory_bytes < need <= machine.memory_bytes:
+        room = gib(machine.memory_bytes)
+        yield f"The estimate, {gib(need)}, leaves less than a tenth of {room}: close what else uses it."
+
+
+def _types(recipe: Recipe, machine: Machine, family: Family, precision: Precision) -> Iterator[str]:
+    if machine.device == "cuda" and recipe.model.precision == "auto" and precision.compute == "float32":
+        yield (
+            f"{machine.name} has no bf16 and {family.label} overflows fp16: matrix products run in fp32, several times "
+            "slower than on a GPU with bf16."
+        )
+    if machine.device == "cpu" and not machine.bf16 and precision.compute == "bfloat16":
+        yield f"{machine.name} emulates bf16: model.precision: auto would take fp32, which is faster here."
+    if recipe.model.quantization == "int8":
+        yield (
+            "LLM.int8() multiplies in 8 bits and casts what enters a layer to fp16 whatever the compute type; "
+            f"nf4 keeps to {precision.compute} and needs half the memory."
+        )
+
+
+def _not_quantised(recipe: Recipe, shape: Shape, parameters: Parameters, precision: Precision) -> Iterator[str]:
+    """What bitsandbytes leaves as it is, where it is most of the model."""
+    if recipe.model.quantization == "none":
+        return
+    wide, bits = BYTES[precision.weights], 8 * BYTES[precision.weights]
+    share = parameters.experts / parameters.text
+    if parameters.experts:
+        yield (
+            f"{share:.0%} of the weights are experts that bitsandbytes does not quantise (three-dimensional tensors): "
+            f"they stay in {bits} bits and need {gib(parameters.experts * wide)}; adapters do not reach them."
+        )
+    tables = parameters.embedding + parameters.per_layer_embedding
+    if tables > parameters.text / 3:
+        yield (
+            f"{tables / parameters.text:.0%} of the weights are embeddings, which stay in {bits} bits: "
+            f"{gib(tables * wide)}."
+        )
+
+
+def _towers(recipe: Recipe, parameters: Parameters, precision: Precision) -> Iterator[str]:
+    if recipe.model.text_only:
+        return
+    if parameters.towers is None:
+        yield "The size of this checkpoint's vision and audio towers is unknown and not in the estimate."
+    elif parameters.towers:
+        size = gib(parameters.towers * BYTES[precision.weights])
+        yield f"Vision and audio towers are loaded and not trained; model.text_only: true saves up to {size}."
+
+
+def _devices(machine: Machine, processes: int) -> Iterator[str]:
+    if machine.gpus > processes:
+        yield (
+            f"{processes} of {machine.gpus} GPUs will work; all of them: "
+            f"torchrun --nproc-per-node {machine.gpus} -m gemma_tune sft RECIPE."
+        )
+
+
+def _run(recipe: Recipe) -> Iterator[str]:
+    if recipe.data.holdout == 0:
+        yield "data.holdout is 0: there will be no held-out loss and no held-out samples."
+    if recipe.optim.max_steps is not None and "epochs" in recipe.optim.model_fields_set:
+        yield f"optim.max_steps {recipe.optim.max_steps} ends the run, whatever optim.epochs says."
+    if recipe.advanced.trainer:
+        yield f"Unchecked: {', '.join(sorted(recipe.advanced.trainer))} go to SFTConfig as they are."

@@ -1,0 +1,91 @@
+"""Combinations that cannot be right, found before anything is loaded; all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gemma_tune.errors import AccessError, Problem, UserError
+from gemma_tune.gemma.families import Family
+from gemma_tune.gemma.shape import Shape
+from gemma_tune.plan.choices_trainer import FIXED
+from gemma_tune.plan.machine import Machine
+from gemma_tune.recipe.rules import clashes
+from gemma_tune.recipe.schema import Recipe
+
+
+def check_combination(recipe: Recipe, machine: Machine, shape: Shape, family: Family) -> None:
+    """Refuse what this recipe asks of this Gemma or of this machine and cannot have.
+
+    Raises:
+        UserError: the recipe contradicts itself or the model.
+        AccessError: only the machine stands in the way.
+    """
+    of_recipe = [*_recipe(recipe), *_model(recipe, shape, family)]
+    of_machine = list(_machine(recipe, machine))
+    if of_recipe:
+        raise UserError.of([*of_recipe, *of_machine])
+    if of_machine:
+        raise AccessError.of(of_machine)
+
+
+def _recipe(recipe: Recipe) -> Iterator[Problem]:
+    """What contradicts itself in the recipe alone. The strict reader has said so before, with line numbers."""
+    for clash in clashes(recipe, lambda key: "recipe"):
+        yield Problem(clash.what, clash.keys[0], clash.fix)
+    if recipe.adapter is not None and recipe.adapter.dropout == 1:
+        yield Problem("a dropout of 1 drops all that the adapter sees", "adapter.dropout", "0.05 is usual, 0 is faster")
+    if recipe.optim.warmup_ratio == 1:  # transformers would read 1 as one step
+        yield Problem("a warm-up over all steps never reaches the learning rate", "optim.warmup_ratio", "below 1")
+    for key in recipe.advanced.trainer:
+        if key in FIXED:
+            yield Problem(f"'{key}' is fixed: {FIXED[key]}", f"advanced.trainer.{key}", "remove it")
+
+
+def _model(recipe: Recipe, shape: Shape, family: Family) -> Iterator[Problem]:
+    attention, precision = recipe.model.attention, recipe.model.precision
+    if attention != "auto" and attention not in family.attention:
+        yield Problem(
+            f"{family.label} cannot use {attention}{_why_not(attention, family)}",
+            "model.attention",
+            f"set model.attention: auto, or one of: {', '.join(family.attention)}",
+        )
+    if precision == "fp16" and not family.fp16_safe:
+        yield Problem(
+            f"{family.label} overflows fp16 (it ends at 65,504) and the loss becomes NaN",
+            "model.precision",
+            "set model.precision: auto",
+        )
+    if attention == "flash_attention_2" and precision == "fp32":
+        yield Problem("FlashAttention computes in 16 bits only", "model.attention", "set model.attention: auto")
+    if recipe.data.max_length > shape.max_positions:
+        yield Problem(
+            f"max_length {recipe.data.max_length:,} is longer than the {shape.max_positions:,} positions of this model",
+            "data.max_length",
+            f"at most {shape.max_positions:,}",
+        )
+
+
+def _why_not(attention: str, family: Family) -> str:
+    if attention == "sdpa" and family.attention_softcap is not None:
+        return f": its attention scores are capped at {family.attention_softcap:g}, which sdpa cannot do"
+    if attention == "flash_attention_2":
+        return ": its global layers have heads of 512, and FlashAttention 2 ends at 256"
+    return ""
+
+
+def _machine(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
+    precision = recipe.model.precision
+    if recipe.model.attention == "flash_attention_2" and not machine.flash_attention:
+        yield Problem(
+            f"{machine.name} cannot run FlashAttention 2, which needs an Ampere GPU or a newer one",
+            "model.attention",
+            "set model.attention: auto",
+        )
+    if precision == "fp16" and machine.device == "cpu":
+        yield Problem(
+            "fp16 training needs a GPU: its loss scaling does not exist on a CPU",
+            "model.precision",
+            "set model.precision: auto",
+        )
+    if precision == "bf16" and machine.device == "cuda" and not machine.bf16:
+        yield Problem(f"{machine.name} has no bf16", "model.precision", "set model.precision: auto")
