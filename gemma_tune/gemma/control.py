@@ -22,27 +22,13 @@ def protect_control_tokens(tokenizer_json: dict[str, Any], control_ids: Collecti
         The edited tokenizer, which shares what it did not change with the original. It adds no BOS.
     """
     control = frozenset(control_ids)
-    added = [token | {"special": True} if token["id"] in control else token for token in tokenizer_json["added_tokens"]]
-    known = {token["id"] for token in added}
     model = tokenizer_json["model"]
-    spellings = {text for text, token_id in model.get("vocab", {}).items() if token_id in control}
-    added += [
-        {
-            "id": model["vocab"][text],
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for text in sorted(spellings, key=model["vocab"].__getitem__)
-        if model["vocab"][text] not in known
-    ]
-    merges = [merge for merge in model.get("merges", ()) if _merged(merge) not in spellings]
+    spellings = {text for text, token_id in model["vocab"].items() if token_id in control}
     return tokenizer_json | {
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "model": model | {"merges": merges} if "merges" in model else model,
+        "added_tokens": [
+            token | {"special": True} if token["id"] in control else token for token in tokenizer_json["added_tokens"]
+        ],
+        "model": model | {"merges": [merge for merge in model["merges"] if _merged(merge) not in spellings]},
         "post_processor": None,
     }
 

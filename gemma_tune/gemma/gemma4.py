@@ -112,26 +112,24 @@ def _write_message(
     for call in message.tool_calls:
         script.add([CALL, f"call:{call.name}{{", *argument_items(call.arguments), "}", CALL_END], by)
     answered = bool(message.tool_calls) and bool(responses)
-    if message.tool_calls:
-        # The model opens the first response itself: it is where generation stops.
-        script.add(RESPONSE, by, stop=True)
     if answered:
         _write_responses(script, message, responses)
     content = _without_thoughts(message.content) if by is By.MODEL else message.content.strip()
     script.add(content, by)
-    called = bool(message.tool_calls) and not answered
     waits = answered and not content and next_role is None
-    if not called and not waits and not (by is By.MODEL and next_role == "model"):
+    if message.tool_calls and not answered:
+        script.add(RESPONSE, by, stop=True)
+        return "called"
+    if not waits and not (by is By.MODEL and next_role == "model"):
         script.add(TURN_END, by, stop=by is By.MODEL)
         script.add("\n", By.NOBODY)
-    return "called" if called else "answered" if answered else "text"
+    return "answered" if answered else "text"
 
 
 def _write_responses(script: Script, message: Message, responses: Sequence[Message]) -> None:
-    """All responses; the token that opens the first one is there already."""
+    """All responses. The model opens the first one itself: that is where it stops and hands over."""
     for number, response in enumerate(responses):
-        if number:
-            script.add(RESPONSE, By.OTHERS)
+        script.add(RESPONSE, By.OTHERS if number else By.MODEL, stop=not number)
         script.add([f"response:{_tool_name(message, response)}{{", *_response_body(response), "}"], By.OTHERS)
         script.add(RESPONSE_END, By.OTHERS)
 
