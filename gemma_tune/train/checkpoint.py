@@ -101,23 +101,29 @@ def commit(staging: Path, run: Path, step: int, *, identity: Mapping[str, Any], 
 
 def seal(folder: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest of `folder` (hashes, then `content`) and flush everything in it to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    body = {
-        "format": _FORMAT,
-        **content,
-        "files": {
-            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in files
-        },
-    }
+    body = {"format": _FORMAT, **content, "files": hashes(folder)}
     body["self"] = _digest(body)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
+    flush_all(folder)
+
+
+def hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> `size` and `sha256` of every file below `folder`, but for the manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+    }
+
+
+def flush_all(folder: Path) -> None:
+    """Flush every file below `folder`, then the folders. Modes follow the umask: safetensors leaves 0600."""
     mode = 0o666 & ~_umask()
-    for path in (*files, manifest):
-        os.chmod(path, mode)  # safetensors writes 0600: nobody else on a cluster could read it
-        flush(path)
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+    below = sorted(folder.rglob("*"))
+    for path in below:
+        if path.is_file():
+            os.chmod(path, mode)
+            flush(path)
+    for path in (*(path for path in below if path.is_dir()), folder):
         flush(path)
 
 

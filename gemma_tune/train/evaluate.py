@@ -139,18 +139,10 @@ def answers(
         batch_size: prompts that are answered together.
         stop: asked before each batch; where it says True the answers so far are returned.
     """
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(family.stop_ids),
-        pad_token_id=family.pad_id,
-        bos_token_id=family.bos_id,
-        use_cache=True,
-    )
+    settings = greedy(family, max_new_tokens)
     found: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with eval_mode(model), _generation_defaults(model, settings):
+    with eval_mode(model), lent_settings(model, settings):
         for start in range(0, len(order), batch_size):
             if stop():
                 break
@@ -161,6 +153,19 @@ def answers(
             for index, row in zip(chosen, made[:, ids.shape[1] :].tolist(), strict=True):
                 found[index] = read_answer(row, tokenizer, family)
     return [found[index] for index in range(len(prompts)) if index in found]
+
+
+def greedy(family: Family, max_new_tokens: int) -> GenerationConfig:
+    """Greedy decoding with the KV cache that ends at every stop token of the generation."""
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(family.stop_ids),
+        pad_token_id=family.pad_id,
+        bos_token_id=family.bos_id,
+        use_cache=True,
+    )
 
 
 def read_answer(ids: Sequence[int], tokenizer: Any, family: Family) -> Answer:
@@ -234,7 +239,7 @@ def eval_mode(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _generation_defaults(model: Any, settings: GenerationConfig) -> Iterator[None]:
+def lent_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Lend the model `settings`: its own sampling defaults (top_k, top_p) would be mixed in otherwise."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = owner.generation_config

@@ -41,6 +41,7 @@ _FREE_TRAINER = frozenset(
         "dataloader_persistent_workers",
         "dataloader_prefetch_factor",
         "use_cpu",
+        "ddp_find_unused_parameters",
         "include_num_input_tokens_seen",
         # Their product counts, below: another micro batch with the same global batch is the same mathematics.
         "per_device_train_batch_size",

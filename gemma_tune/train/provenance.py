@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+from gemma_tune.console import masked
 
 _LIBRARIES = (
     "torch",
@@ -22,8 +26,9 @@ _LIBRARIES = (
     "safetensors",
 )
 _SECRET_NAMES = re.compile(r"(TOKEN|API_KEY|SECRET|ACCESS_KEY|PASSWORD)$", re.IGNORECASE)
-_SECRET_SHAPES = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|wandb_v1_[A-Za-z0-9_]{16,})\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_PASSWORD_IN_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 _SHORTEST_SECRET = 8
+_PROBED = 2**20
 
 
 def redact(text: str) -> str:
@@ -31,7 +36,7 @@ def redact(text: str) -> str:
     for name, value in os.environ.items():
         if _SECRET_NAMES.search(name) and len(value) >= _SHORTEST_SECRET and not value.isdigit():
             text = text.replace(value, "***")
-    return _SECRET_SHAPES.sub("***", text)
+    return _PASSWORD_IN_URL.sub("***", masked(text))
 
 
 def versions() -> dict[str, str]:
@@ -69,6 +74,22 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells one model folder from another: its config, and size, head and tail of each weight file.
+
+    Reading all of a large checkpoint would take minutes; weights that were trained further differ everywhere.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_PROBED))
+            file.seek(max(0, size - _PROBED))
+            digest.update(file.read(_PROBED))
+    return f"content-{digest.hexdigest()[:24]}"
 
 
 def command_line() -> list[str]:

@@ -37,10 +37,11 @@ _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|
 
 @dataclass(frozen=True, slots=True)
 class Materials:
-    """What a run is made from, before any weight is loaded."""
+    """What a run is made from, before any weight is loaded. `revision`: what tells this base from any other."""
 
     family: Family
     source: ModelSource
+    revision: str
     tokenizer: Any
     encoder: GemmaEncoder
     data: Prepared
@@ -71,7 +72,7 @@ def run_sft(
         identity = identity_of(
             plan,
             fingerprint=materials.data.fingerprint,
-            revision=materials.source.revision,
+            revision=materials.revision,
             world_size=plan.machine.get("world_size", 1),
         )
         search = folder.find_checkpoint(identity)
@@ -96,7 +97,8 @@ def gather(plan: Plan) -> Materials:
     other = chosen.get("tokenizer")
     tokenizer = load_tokenizer(other or chosen["name"], None if other else chosen.get("revision"), family)
     encoder = GemmaEncoder(tokenizer, family)
-    return Materials(family, source, tokenizer, encoder, build(family, encoder, **plan.values("data")))
+    data = build(family, encoder, **plan.values("data"))
+    return Materials(family, source, source.revision or provenance.fingerprint(source.path), tokenizer, encoder, data)
 
 
 def load_model(plan: Plan, materials: Materials) -> Any:
@@ -117,7 +119,7 @@ def describe(plan: Plan, materials: Materials, identity: Mapping[str, Any]) -> d
         "versions": provenance.versions(),
         "git": provenance.git_state(),
         "machine": dict(plan.machine),
-        "model": {"name": materials.source.name, "revision": materials.source.revision, "licence": family.licence},
+        "model": {"name": materials.source.name, "revision": materials.revision, "licence": family.licence},
         "family": family.name,
         "template": {
             "file": family.template_file,
@@ -293,7 +295,7 @@ class Run:
         self.folder.record["results"] = results
         return results
 
-    def _write_weights(self) -> str:
+    def _write_weights(self) -> dict[str, Any]:
         """The result, in one rename: `adapter/` in PEFT's form, or `model/` after a full fine-tune."""
         name = "adapter" if self.plan.lora else "model"
         staging = self.folder.path / f".staging-{name}"
@@ -305,9 +307,10 @@ class Run:
             set_stop_ids(self.model, family)
             self.model.save_pretrained(str(staging))
             tokenizer.save_pretrained(str(staging))
-        checkpoint.seal(staging, {"step": self.step})
+        files = checkpoint.hashes(staging)
+        checkpoint.flush_all(staging)
         checkpoint.publish(staging, self.folder.path / name)
-        return name
+        return {"folder": name, "files": files}
 
     def _track(self, trainer: SftTrainer) -> None:
         tracking = self.session["tracking"]

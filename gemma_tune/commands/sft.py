@@ -1,0 +1,149 @@
+"""`gemma-tune sft`: recipe -> plan -> run, then what came of it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune import console
+from gemma_tune.plan.facts import model_facts
+from gemma_tune.plan.fit import require_fit
+from gemma_tune.plan.machine import named_machine, probe, world_size_of
+from gemma_tune.plan.memory import total
+from gemma_tune.plan.plan import make_plan
+from gemma_tune.plan.types import Plan
+from gemma_tune.recipe import yaml
+from gemma_tune.recipe.reader import read_recipe_text
+
+if TYPE_CHECKING:
+    from gemma_tune.train.session import Resume
+
+SHOWN_CHARACTERS = 160
+"""Of an answer in the table; samples.jsonl has all of it."""
+
+
+def run(recipe: str, overrides: list[str], resume: Resume = "never", machine: str | None = None) -> int:
+    """Train what `recipe` says and print base and tuned answers side by side.
+
+    Args:
+        recipe: path of the recipe.
+        overrides: `a.b=c`, in order.
+        resume: `never`, `auto` or `must`.
+        machine: plan for a machine of the table instead of this one; for tests.
+    """
+    import os
+
+    text = yaml.decode(yaml.read_bytes(recipe), recipe)
+    read = read_recipe_text(text, recipe, overrides)
+    family, shape = model_facts(read.model.name, read.model.revision)
+    from gemma_tune.train.session import RunFolder
+
+    RunFolder(read.output, resume=resume).check()  # before anything slow: libraries, data and weights
+    here = named_machine(machine) if machine else probe(world_size_of(os.environ))
+    plan = make_plan(read, here, shape, family)
+    require_fit(plan)
+    console.out(summary(plan))
+    for note in plan.notes:
+        console.note(note)
+    quieten()
+    from gemma_tune.train.sft import run_sft
+
+    results = run_sft(plan, text, resume=resume, console=console.stdout())
+    report(results, Path(read.output))
+    return 0
+
+
+def summary(plan: Plan) -> str:
+    """The plan in two lines; `gemma-tune check` has all of it."""
+    model, lora, trainer, data = (plan.values(name) for name in ("model", "lora", "trainer", "data"))
+    how = plan.values("quantization")
+    held = "nf4" if how.get("load_in_4bit") else "int8" if how.get("load_in_8bit") else model["dtype"]
+    trained = f"LoRA r={lora['r']}" if lora else "all weights"
+    micro, accumulation = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
+    processes = plan.machine.get("world_size", 1)
+    need = total(plan.memory) / 2**30
+    return (
+        f"{model['name']} in {held}, {trained}, on {plan.machine['name']}: about {need:.1f} GiB\n"
+        f"batch {micro * accumulation * processes} = {micro} rows x {accumulation} steps x {processes} processes, "
+        f"{data['max_length']} tokens a row, learning rate {trainer['learning_rate']:g}"
+    )
+
+
+def quieten() -> None:
+    """Keep library chatter out of the output: what matters in it we check and say ourselves."""
+    import datasets
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+    datasets.disable_progress_bars()
+    for name in ("transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def report(results: Mapping[str, Any], folder: Path) -> None:
+    """Answers of base and tuned model side by side, the held-out figures, and where things are."""
+    print_answers(results.get("answers", []))
+    for line in figures(results):
+        console.out(line)
+    if "weights" in results:
+        console.out(f"result: {folder / results['weights']['folder']}")
+    console.out(f"talk to it: gemma-tune chat {folder}")
+
+
+def print_answers(answers: list[Mapping[str, Any]]) -> None:
+    """A table on a terminal; one line a text where the reader is a file or a pipe."""
+    if not answers:
+        return
+    if not console.stdout().is_terminal:
+        for row in answers:
+            console.out(f"prompt: {shown(row['prompt'])}")
+            for name in ("base", "tuned"):
+                console.out(f"  {name}: {shown(spoken(row.get(name)))}")
+        return
+    from rich.table import Table
+
+    table = Table("prompt", "base", "tuned", show_lines=True)
+    for row in answers:
+        table.add_row(*(shown(text) for text in (row["prompt"], spoken(row.get("base")), spoken(row.get("tuned")))))
+    console.out(table)
+
+
+def spoken(answer: Mapping[str, Any] | None) -> str:
+    """An answer, with a mark where it did not end by itself."""
+    if answer is None:
+        return "-"
+    return answer["text"] + ("" if answer["ended"] else " [cut]")
+
+
+def shown(text: str) -> str:
+    line = console.printable(" ".join(text.split()))
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."
+
+
+def figures(results: Mapping[str, Any]) -> list[str]:
+    """Held-out figures of base and tuned model, and the cost."""
+    base, tuned = results.get("base", {}), results.get("tuned", {})
+    lines = []
+    if base.get("loss") is not None and tuned.get("loss") is not None:
+        lines.append(
+            f"held-out loss: {base['loss']:.4f} -> {tuned['loss']:.4f} ({-100 * results['relative_fall']:+.1f} %), "
+            f"perplexity {base['perplexity']:.2f} -> {tuned['perplexity']:.2f}, "
+            f"token accuracy {base['token_accuracy']:.3f} -> {tuned['token_accuracy']:.3f}"
+        )
+    if tuned.get("answers"):
+        lines.append(
+            f"answers that end by themselves: {base['ended']} -> {tuned['ended']} of {tuned['answers']} prompts"
+        )
+    memory = results.get("peak_memory", {})
+    peak = ", ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in memory.items())
+    speed = results.get("tokens_per_second") or 0
+    lines.append(
+        f"{results.get('steps', 0):,} steps, {results.get('tokens_seen', 0):,} tokens in "
+        f"{results.get('train_seconds', 0):,.1f} s of training ({speed:,.0f} tokens/s); peak memory {peak}"
+    )
+    return lines
