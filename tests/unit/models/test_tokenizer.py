@@ -91,7 +91,7 @@ def test_a_tokenizer_of_another_generation_is_refused(folder: Callable[[str], Pa
 def test_a_folder_without_tokenizer_is_refused(folder: Callable[[str], Path]) -> None:
     path = folder("gemma2")
     (path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="no tokenizer.json"):
+    with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(str(path), None, FAMILIES["gemma2"])
 
 
