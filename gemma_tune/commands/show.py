@@ -117,7 +117,7 @@ def _show(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any, rows
     console.out(_legend(marks))
     for number, row in enumerate(islice(prepared.train, rows), 1):
         console.out(_heading(number, row, family))
-        console.out(picture(row, family, tokenizer, marks))
+        console.stdout().print(picture(row, family, tokenizer, marks), soft_wrap=True)
     example = next(iter(prepared.held_out_examples), None)
     if isinstance(example, Conversation):
         text = tokenizer.decode(prompt_ids(example, family, encoder), skip_special_tokens=False)

@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
+
+
+class SourceRow(NamedTuple):
+    """One row as a source yields it: its number from 1, its value (or why it has none), and where it stands."""
+
+    number: int
+    value: Any
+    where: str
 
 
 class RowError(Exception):

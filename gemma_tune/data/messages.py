@@ -90,8 +90,8 @@ def _role(item: Row, key: str, roles: Mapping[str, Role], where: str) -> Role:
     close = difflib.get_close_matches(value.lower(), roles, 1)
     if value in SHAREGPT_ROLES:
         fix = "set data.sources.format: sharegpt"
-    elif value.lower() in roles or close:
-        fix = f"did you mean {close[0] if close else value.lower()!r}?"
+    elif close:
+        fix = f"did you mean '{close[0]}'?"
     else:
         fix = f"rename the role to one of: {', '.join(roles)}"
     raise RowError(f"unknown role {shown(value)}", f"{where}.{key}", fix=fix, kind=f"unknown role {shown(value, 20)}")

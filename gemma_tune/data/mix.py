@@ -11,8 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from gemma_tune.data.cells import RowError
-from gemma_tune.data.files import SourceRow
+from gemma_tune.data.cells import RowError, SourceRow
 from gemma_tune.data.policies import Drop, Policies, apply_policies
 from gemma_tune.data.report import Tally
 from gemma_tune.data.sources import Opened, open_source

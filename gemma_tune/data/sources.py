@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.data import rows
-from gemma_tune.data.files import SourceRow, read_file, suffix_of
+from gemma_tune.data.cells import SourceRow
+from gemma_tune.data.files import read_file, suffix_of
 from gemma_tune.errors import GemmaTuneError, UserError
 from gemma_tune.gemma.conversation import Conversation, Document, Example
 
