@@ -12,7 +12,14 @@ from gemma_tune.data.json_files import read_json, read_jsonl
 from gemma_tune.data.tables import read_csv, read_parquet
 from gemma_tune.errors import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
+_READERS = {
+    ".jsonl": read_jsonl,
+    ".jsonl.gz": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".csv": read_csv,
+}
+SUFFIXES = tuple(_READERS)
 
 # The first bytes of files that are often given another name.
 _MAGIC = (
@@ -55,14 +62,7 @@ def read_file(path: str | Path) -> Iterator[SourceRow]:
             fix=f"convert it to one of {', '.join(SUFFIXES)}",
         )
     _check_magic(name, suffix, head)
-    rows = {
-        ".jsonl": read_jsonl,
-        ".jsonl.gz": read_jsonl,
-        ".json": read_json,
-        ".parquet": read_parquet,
-        ".csv": read_csv,
-    }[suffix](path, head)
-    return _not_empty(rows, name)
+    return _not_empty(_READERS[suffix](path, head), name)
 
 
 def _not_empty(rows: Iterator[SourceRow], name: str) -> Iterator[SourceRow]:

@@ -202,10 +202,7 @@ def read_json(path: Path, head: bytes) -> Iterator[SourceRow]:
     with opened(path, "rb") as file:
         data = file.read(MAX_JSON_BYTES + 1)
     try:
-        if is_utf16(head):
-            text = data.decode("utf-16")
-        else:
-            text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        text = data.decode("utf-16") if is_utf16(head) else data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         broken = _not_utf8(error.start, data[error.start])
         raise UserError(broken.reason, where=name, fix=broken.fix) from None

@@ -37,11 +37,14 @@ USER, MODEL = Message("user", "q"), Message("model", "a")
         ({"instruction": "q", "input": "", "output": "a"}, (USER, MODEL)),
         ({"instruction": "q", "input": None, "output": "a"}, (USER, MODEL)),
         ({"instruction": "q", "input": "x", "output": "a"}, (Message("user", "q\n\nx"), MODEL)),
-        ({"instruction": "r", "output": "b", "history": [["q", "a"]]}, (USER, MODEL, Message("user", "r"), Message("model", "b"))),
+        (
+            {"instruction": "r", "output": "b", "history": [["q", "a"]]},
+            (USER, MODEL, Message("user", "r"), Message("model", "b")),
+        ),
         ({"id": "0", "data": ["q", "a", "q", "a"]}, (USER, MODEL, USER, MODEL)),
         ({"prompt": "p", "prompt_id": "0", "messages": [{"role": "user", "content": "q"}]}, (USER,)),
     ],
-)  # fmt: skip
+)
 def test_shapes_by_their_columns(row: dict[str, Any], expected: tuple[Message, ...]) -> None:
     assert normalise(row) == Conversation(expected)
 
@@ -61,7 +64,11 @@ def test_every_turn_of_a_string_list_is_kept() -> None:
 @pytest.mark.parametrize(
     ("quote", "author", "answer"),
     [
-        ("“Be yourself; everyone else is taken.”", "Oscar Wilde", "Quote: Be yourself; everyone else is taken.\nAuthor: Oscar Wilde"),
+        (
+            "“Be yourself; everyone else is taken.”",
+            "Oscar Wilde",
+            "Quote: Be yourself; everyone else is taken.\nAuthor: Oscar Wilde",
+        ),
         ('"Plain marks."', "A. B.,", "Quote: Plain marks.\nAuthor: A. B."),
         ("“She said ‘no’ and meant it.”", "C, The Book", "Quote: She said ‘no’ and meant it.\nAuthor: C"),
         ("“Be,” he said, “quiet.”", "D", "Quote: “Be,” he said, “quiet.”\nAuthor: D"),
@@ -70,7 +77,7 @@ def test_every_turn_of_a_string_list_is_kept() -> None:
         ("No marks", "Martin Luther King, Jr., A Book", "Quote: No marks\nAuthor: Martin Luther King, Jr."),
         ("No author", " , ", "Quote: No author\nAuthor: Unknown"),
     ],
-)  # fmt: skip
+)
 def test_quotes_lose_their_dirt(quote: str, author: str, answer: str) -> None:
     found = normalise({"quote": quote, "author": author, "tags": []})
     assert isinstance(found, Conversation)
@@ -153,20 +160,36 @@ def _message(**message: Any) -> dict[str, Any]:
         (_message(role="user", content=None), "messages[0].content is null", ""),
         (_message(role="user", content=7), "messages[0].content is a number (7), not text", ""),
         (_message(role="user", content=True), "messages[0].content is true or false", ""),
-        (_message(role="user", content=[{"type": "image"}]), "messages[0].content[0] is a block of type 'image'", "remove the block"),
+        (
+            _message(role="user", content=[{"type": "image"}]),
+            "messages[0].content[0] is a block of type 'image'",
+            "remove the block",
+        ),
         (_message(role="user", content=["x"]), "messages[0].content[0] is text ('x'), not a content block", ""),
         (_message(role="assitant", content="x"), "unknown role 'assitant'", "did you mean 'assistant'?"),
         (_message(role="User", content="x"), "unknown role 'User'", "did you mean 'user'?"),
         (_message(role="gpt", content="x"), "unknown role 'gpt'", "set data.sources.format: sharegpt"),
         (_message(role=1, content="x"), "messages[0].role is a number (1), not a role", ""),
-        ({"messages": [{"from": "human", "value": "x"}]}, "has 'from' and no 'role'", "set data.sources.format: sharegpt"),
+        (
+            {"messages": [{"from": "human", "value": "x"}]},
+            "has 'from' and no 'role'",
+            "set data.sources.format: sharegpt",
+        ),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0].from unknown role 'alien'", "rename"),
         ({"conversations": [{"from": "human"}]}, "conversations[0] has no 'value'", ""),
         (_message(role="user", content="a\ud800"), "messages[0].content holds a lone surrogate (U+D800)", "drop"),
         (_message(role="assistant", content="x", weight=0), "not to be trained", "last_model_turn"),
         (_message(role="assistant", content="x", tool_responses=[1]), "'tool_responses'", "role 'tool'"),
-        (_message(role="assistant", content="x", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "is not JSON", ""),
-        (_message(role="assistant", content="x", tool_calls=[{"function": {"name": "f", "arguments": "3"}}]), "not a JSON object", ""),
+        (
+            _message(role="assistant", content="x", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
+            "is not JSON",
+            "",
+        ),
+        (
+            _message(role="assistant", content="x", tool_calls=[{"function": {"name": "f", "arguments": "3"}}]),
+            "not a JSON object",
+            "",
+        ),
         (_message(role="assistant", content="x", tool_calls=[{"function": {}}]), "has no function name", ""),
         ({"prompt": None, "completion": "a"}, "prompt is null", ""),
         ({"prompt": "q", "completion": 3}, "completion is a number (3), not a list", ""),
@@ -179,12 +202,16 @@ def _message(**message: Any) -> dict[str, Any]:
         ({"text": "  \n"}, "text is empty", ""),
         ({"quote": "“”", "author": "x"}, "quote is empty", ""),
         ({"quote": "x", "author": None}, "author is null", ""),
-        ({"question": "q", "answer": "a"}, "the columns 'question', 'answer' fit no known shape", "{prompt: question, completion: answer}"),
+        (
+            {"question": "q", "answer": "a"},
+            "the columns 'question', 'answer' fit no known shape",
+            "{prompt: question, completion: answer}",
+        ),
         ({"message": []}, "fit no known shape", "{messages: message}"),
         ({"messages": [{"role": "user", "content": "q"}], "tools": [3]}, "tools[0] is a number", ""),
         ({"messages": [{"role": "user", "content": "q"}], "enable_thinking": "yes"}, "not true or false", ""),
     ],
-)  # fmt: skip
+)
 def test_a_bad_row_says_what_and_where(row: Any, what: str, fix: str) -> None:
     with pytest.raises(RowError) as caught:
         normalise(row)
@@ -209,14 +236,42 @@ def test_detection_needs_all_columns_of_a_shape() -> None:
 
 
 _keys = st.sampled_from(
-    ["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "quote", "author", "data",
-     "text", "role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "tools", "system",
-     "history", "type", "thinking", "enable_thinking"]
-)  # fmt: skip
+    [
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "quote",
+        "author",
+        "data",
+        "text",
+        "role",
+        "content",
+        "from",
+        "value",
+        "tool_calls",
+        "function",
+        "name",
+        "arguments",
+        "tools",
+        "system",
+        "history",
+        "type",
+        "thinking",
+        "enable_thinking",
+    ]
+)
 _leaves = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
     st.sampled_from(["user", "assistant", "human", "gpt", "tool", "text", "\ud800", "{}", "function_call"]),
-)  # fmt: skip
+)
 _values = st.recursive(
     _leaves,
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(_keys, inner, max_size=5)),
