@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from gemma_tune import console
+from gemma_tune.plan.choices_batch import most_processes
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.plan.fit import require_fit
 from gemma_tune.plan.machine import glance, named_machine, world_size_of
@@ -23,9 +24,14 @@ def run(recipe: str, overrides: Sequence[str], machine: str | None, as_json: boo
         AccessError: this machine cannot run it. For another machine, named by `machine`, that is only printed.
     """
     wanted = read_recipe(recipe, overrides)
-    target = named_machine(machine) if machine else glance(os.environ, world_size_of(os.environ))
     family, shape = model_facts(wanted.model.name, wanted.model.revision)
-    plan = make_plan(wanted, target, shape, family)
+    if machine:
+        target = named_machine(machine)
+        processes = most_processes(wanted, target)
+    else:
+        processes = world_size_of(os.environ)
+        target = glance(os.environ, processes)
+    plan = make_plan(wanted, target, shape, family, world_size=processes)
     if as_json:
         print(json.dumps(plan.to_json(), indent=2))
     else:

@@ -54,6 +54,13 @@ def accumulation_steps(size: int, micro: int, processes: int) -> int:
     )
 
 
+def most_processes(recipe: Recipe, machine: Machine) -> int:
+    """As many processes, one a device, as the global batch can be split over: what one would start on that machine."""
+    micro = 1 if recipe.batch.micro == "auto" else recipe.batch.micro
+    fitting = (count for count in range(machine.world_size, 1, -1) if recipe.batch.size % (count * micro) == 0)
+    return next(fitting, 1)
+
+
 def workload(
     recipe: Recipe, machine: Machine, family: Family, precision: Precision, optimizer: str, world_size: int
 ) -> Workload:

@@ -35,7 +35,7 @@ def notes_of(
         *_types(recipe, machine, family, precision),
         *_not_quantised(recipe, shape, parameters, precision),
         *_towers(recipe, parameters, precision),
-        *_devices(machine, processes),
+        *_devices(recipe, machine, processes),
         *_run(recipe),
         f"{family.label} is under the {LICENCES[family.licence]}.",
     )
@@ -92,12 +92,15 @@ def _towers(recipe: Recipe, parameters: Parameters, precision: Precision) -> Ite
         yield f"Vision and audio towers are loaded and not trained; model.text_only: true saves up to {size}."
 
 
-def _devices(machine: Machine, processes: int) -> Iterator[str]:
-    if machine.gpus > processes:
-        yield (
-            f"{processes} of {machine.gpus} GPUs will work; all of them: "
-            f"torchrun --nproc-per-node {machine.gpus} -m gemma_tune sft RECIPE."
-        )
+def _devices(recipe: Recipe, machine: Machine, processes: int) -> Iterator[str]:
+    if machine.gpus <= processes:
+        return
+    micro = 1 if recipe.batch.micro == "auto" else recipe.batch.micro
+    idle = f"{processes} of {machine.gpus} GPUs will work"
+    if recipe.batch.size % (micro * machine.gpus):
+        yield f"{idle}: batch.size {recipe.batch.size} cannot be split over all of them."
+    else:
+        yield f"{idle}; all of them: torchrun --nproc-per-node {machine.gpus} -m gemma_tune sft RECIPE."
 
 
 def _run(recipe: Recipe) -> Iterator[str]:

@@ -1,0 +1,40 @@
+"""Recipes for the tests of the plan: short to write, valid, and easy to vary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemma_tune.gemma.families import FAMILIES
+from gemma_tune.gemma.sizes import PUBLISHED
+from gemma_tune.plan.machine import MACHINES, Machine
+from gemma_tune.plan.plan import make_plan
+from gemma_tune.plan.types import Plan
+from gemma_tune.recipe.schema import Recipe
+
+BASE: dict[str, Any] = {
+    "model": {"name": "google/gemma-3-1b-it"},
+    "data": {"sources": [{"name": "ultrachat"}], "max_length": 1024},
+    "output": "runs/test",
+}
+
+
+def make_recipe(changes: dict[str, Any] | None = None) -> Recipe:
+    """BASE with `changes`: dotted keys -> values."""
+    content: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in BASE.items()}
+    for key, value in (changes or {}).items():
+        *sections, leaf = key.split(".")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return Recipe.model_validate(content)
+
+
+def plan_for(
+    changes: dict[str, Any] | None = None, machine: str | Machine = "rtx4090", world_size: int | None = None
+) -> Plan:
+    """The plan of BASE with `changes` on a machine of the table."""
+    recipe = make_recipe(changes)
+    shape = PUBLISHED[recipe.model.name]
+    target = MACHINES[machine] if isinstance(machine, str) else machine
+    return make_plan(recipe, target, shape, FAMILIES[shape.family], world_size=world_size)

@@ -1,0 +1,148 @@
+"""No dead knobs: each leaf of the recipe, flipped to another valid value, changes what the plan holds.
+
+Reasons do not count, only values: a reason changes from "default" to "recipe" by itself.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from gemma_tune.plan.types import Plan
+from gemma_tune.recipe.schema import Recipe
+from tests.unit.plan.recipes import plan_for
+
+SECTIONS = ("model", "quantization", "lora", "trainer", "data", "session")
+
+# leaf -> another valid value. Everything else that it needs stands in COMPANIONS.
+FLIPS: dict[str, Any] = {
+    "model.name": "google/gemma-3-270m",
+    "model.revision": "main",
+    "model.tokenizer": "google/gemma-3-4b-it",
+    "model.quantization": "int8",
+    "model.double_quantization": False,
+    "model.precision": "fp32",
+    "model.attention": "eager",
+    "model.text_only": True,
+    "adapter.r": 8,
+    "adapter.alpha": 8,
+    "adapter.dropout": 0.2,
+    "adapter.targets": "attention",
+    "adapter.rslora": True,
+    "adapter.dora": True,
+    "data.sources.name": "mine.jsonl",
+    "data.sources.format": "messages",
+    "data.sources.columns": {"messages": "turns"},
+    "data.sources.subset": "en",
+    "data.sources.split": "test",
+    "data.sources.revision": "main",
+    "data.sources.weight": 2.0,
+    "data.sources.limit": 10,
+    "data.max_length": 512,
+    "data.packing": False,
+    "data.train_on": "all",
+    "data.holdout": 50,
+    "data.deduplicate": False,
+    "data.shuffle": False,
+    "data.streaming": True,
+    "data.shuffle_buffer": 100,
+    "data.system_role": "drop",
+    "data.fix_roles": "merge",
+    "data.on_empty_turn": "drop",
+    "data.on_overlong": "drop",
+    "data.on_bad_row": "drop",
+    "data.workers": 2,
+    "optim.learning_rate": 1e-5,
+    "optim.schedule": "linear",
+    "optim.warmup_ratio": 0.1,
+    "optim.epochs": 2.0,
+    "optim.max_steps": 100,
+    "optim.optimizer": "adafactor",
+    "optim.weight_decay": 0.1,
+    "optim.max_grad_norm": 0.3,
+    "optim.beta1": 0.8,
+    "optim.beta2": 0.95,
+    "optim.epsilon": 1e-6,
+    "batch.size": 32,
+    "batch.micro": 2,
+    "memory.gradient_checkpointing": True,
+    "evaluation.every": 10,
+    "evaluation.max_rows": 10,
+    "samples.prompts": ["Hello"],
+    "samples.held_out": 1,
+    "samples.every": 10,
+    "samples.max_new_tokens": 8,
+    "checkpoint.every": 10,
+    "checkpoint.keep": 5,
+    "tracking.wandb": True,
+    "tracking.project": "mine",
+    "tracking.name": "first",
+    "tracking.log_every": 5,
+    "seed": 1,
+    "output": "runs/other",
+    "advanced.trainer": {"neftune_noise_alpha": 5},
+}
+
+# What must be set on both sides of the comparison for a flip to be valid.
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "data.streaming": {"data.holdout": 50, "optim.max_steps": 100},
+}
+
+# The only leaf with a single value today; the plan must hold it.
+SINGLE = {"stage": "sft"}
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all leaves; sections that are optional, or items of a list, are walked into."""
+    for name, field in model.model_fields.items():
+        section = section_in(field.annotation)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from leaves(section, f"{prefix}{name}.")
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, alone, in a union or in a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
+        return next(filter(None, map(section_in, typing.get_args(annotation))), None)
+    return None
+
+
+def held(plan: Plan) -> dict[str, Any]:
+    """What a run reads of a plan."""
+    return {section: plan.values(section) for section in SECTIONS} | {"stage": plan.stage, "family": plan.family}
+
+
+def with_flip(leaf: str, value: Any) -> dict[str, Any]:
+    if leaf.startswith("data.sources."):
+        return {"data.sources": [{"name": "ultrachat"} | {leaf.rpartition(".")[2]: value}]}
+    return {leaf: value}
+
+
+def test_the_table_covers_every_leaf_and_nothing_else():
+    assert set(leaves(Recipe)) == FLIPS.keys() | SINGLE.keys()
+
+
+@pytest.mark.parametrize("leaf", FLIPS)
+def test_a_flipped_leaf_changes_the_plan(leaf):
+    companions = COMPANIONS.get(leaf, {})
+    before = held(plan_for(companions))
+    after = held(plan_for(companions | with_flip(leaf, FLIPS[leaf])))
+    assert after != before
+
+
+def test_no_adapter_changes_the_plan():
+    base = {"model.quantization": "none"}
+    assert held(plan_for(base)) != held(plan_for(base | {"adapter": None}))
+
+
+def test_the_stage():
+    assert {"stage": plan_for().stage} == SINGLE

@@ -1,0 +1,43 @@
+"""Every shipped recipe is planned on every machine of the table."""
+
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.plan.choices_batch import most_processes
+from gemma_tune.plan.facts import model_facts
+from gemma_tune.plan.fit import require_fit
+from gemma_tune.plan.machine import MACHINES
+from gemma_tune.plan.plan import make_plan
+from gemma_tune.recipe.reader import read_recipe
+
+FOLDER = Path(__file__).parents[3] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_planned(path, machine):
+    recipe, target = read_recipe(path), MACHINES[machine]
+    family, shape = model_facts(recipe.model.name, recipe.model.revision)
+    processes = most_processes(recipe, target)  # a small batch cannot be split over 8 GPUs
+    plan = make_plan(recipe, target, shape, family, world_size=processes)
+    trainer = plan.values("trainer")
+    assert (
+        trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"] * processes == recipe.batch.size
+    )
+    assert plan.memory and plan.notes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_the_machine_that_it_names(path):
+    """The first lines of a recipe say what it is for."""
+    first = path.read_text().partition("stage:")[0]
+    machine = "rtx4090" if "24 GB" in first else "t4" if "T4" in first else "cpu"
+    recipe = read_recipe(path)
+    family, shape = model_facts(recipe.model.name, recipe.model.revision)
+    require_fit(make_plan(recipe, MACHINES[machine], shape, family))
