@@ -48,6 +48,9 @@ class SftTrainer(SFTTrainer):
         progress: counters of the checkpoint that the run continues from.
     """
 
+    model: Any
+    data_collator: Any
+
     def __init__(
         self,
         *,
@@ -75,7 +78,8 @@ class SftTrainer(SFTTrainer):
         # TRL casts the adapters of a quantised base to bf16, which cannot hold small updates of A.
         if isinstance(self.model, PeftModel):
             keep_fp32(self.model)
-        use_frozen_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        use_frozen_head(base)
         self.remove_callback(PrinterCallback)
         progress = progress or {}
         self.clock = Clock(progress.get("train_seconds", 0.0))

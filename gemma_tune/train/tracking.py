@@ -6,7 +6,7 @@ import netrc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -96,7 +96,7 @@ class WandbTracking(TrainerCallback):
                 id=self._id,
                 resume="allow" if self._id else None,
                 dir=str(self._folder),
-                mode=mode,
+                mode=cast(Any, mode),
                 config=dict(self._config),
                 settings=settings,
             )
