@@ -113,6 +113,12 @@ def _gemma4_stand_in(document: dict[str, Any], family: Family) -> dict[str, Any]
     return document | {"added_tokens": added, "model": document["model"] | {"vocab": vocab}}
 
 
+def without_ordinary_added_tokens(document: dict[str, Any], family: Family) -> dict[str, Any]:
+    """A tokenizer that finds newlines, tabs and HTML by its merges alone, as a published file may have it."""
+    named = set(family.tokens.values())
+    return document | {"added_tokens": [token for token in document["added_tokens"] if token["id"] in named]}
+
+
 @functools.cache
 def official_backend(family_name: str) -> Tokenizer:
     """The tokenizer as published: control tokens in a text are matched."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import random
 import re
 from pathlib import Path
@@ -12,12 +13,19 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from gemma_tune.gemma.chat import render, render_document, render_many, render_prompt
-from gemma_tune.gemma.conversation import Conversation, Document, Message
+from gemma_tune.gemma.conversation import Conversation, Document, Message, ToolCall
 from gemma_tune.gemma.families import FAMILIES, Family
 from tests.conversations import official_form, random_conversation, random_text
-from tests.tokenizers import official_backend, protected_encoder, tokenizer_json
+from tests.tokenizers import (
+    ProtectedEncoder,
+    official_backend,
+    protected_encoder,
+    tokenizer_json,
+    without_ordinary_added_tokens,
+)
 
 # One for each template; Gemma 2 has Gemma 1's, Gemma 3n has Gemma 3's, and all of Gemma 4 share one.
 GENERATIONS = ("gemma1", "gemma3_text", "gemma4_text")
@@ -98,6 +106,19 @@ def test_prompts_equal_the_official_template(name: str) -> None:
     expected = official_ids([official_text(conversation, name, prompt=True) for conversation in conversations], name)
     for conversation, ids in zip(conversations, expected, strict=True):
         assert render_prompt(conversation, family, encoder) == ids, conversation
+
+
+def test_pieces_split_where_the_tokens_do_even_without_newline_tokens() -> None:
+    """The newline after a header is an added token in the tokenizers that we have. Nothing rests on that."""
+    name = "gemma4_text"
+    family = FAMILIES[name]
+    document = without_ordinary_added_tokens(tokenizer_json(name), family)
+    official = Tokenizer.from_str(json.dumps(document))
+    encoder = ProtectedEncoder(document, family.control_ids)
+    conversations = sample(name)[:1000]
+    texts = [official_text(conversation, name) for conversation in conversations]
+    expected = [encoding.ids for encoding in official.encode_batch(texts, add_special_tokens=False)]
+    assert [rendered.ids for rendered in render_many(conversations, family, encoder)] == expected
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
@@ -255,6 +276,53 @@ def test_any_unicode_equals_the_official_template(name: str) -> None:
         if system is not None:
             messages.insert(0, Message("system", system))
         conversation = Conversation(tuple(messages))
+        assert render(conversation, family, encoder).ids == official_ids([official_text(conversation, name)], name)[0]
+
+    check()
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_texts, inner, max_size=3),
+    max_leaves=8,
+)
+_object = st.dictionaries(_texts, _json, max_size=3)
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for key, item in value.items() for text in (key, *_strings(item))]
+    if isinstance(value, list):
+        return [text for item in value for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_any_unicode_in_thinking_and_tools_equals_the_official_template() -> None:
+    name = "gemma4_text"
+    family, encoder = FAMILIES[name], protected_encoder(name)
+
+    @_anything
+    @given(_texts, _texts, _texts, _object, _object)
+    def check(thinking: str, content: str, description: str, arguments: dict[str, Any], answer: dict[str, Any]) -> None:
+        if _spells_control([thinking, content, description, *_strings(arguments), *_strings(answer)], name):
+            return
+        tool = {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "description": description,
+                "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": content}}},
+            },
+        }
+        conversation = Conversation(
+            (
+                Message("user", content),
+                Message("model", "", thinking=thinking, tool_calls=(ToolCall("f", arguments, "1"),)),
+                Message("tool", "", name="f", tool_call_id="1", response=answer),
+                Message("model", content, thinking=thinking),
+            ),
+            tools=(tool,),
+        )
         assert render(conversation, family, encoder).ids == official_ids([official_text(conversation, name)], name)[0]
 
     check()
