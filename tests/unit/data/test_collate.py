@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from gemma_tune.data.collate import IGNORED, Collator
+
+LONG = {"input_ids": [2, 11, 12, 2, 13], "labels": [IGNORED, 11, 12, IGNORED, 13], "position_ids": [0, 1, 2, 0, 1]}
+SHORT = {"input_ids": [2, 21], "labels": [IGNORED, 21], "position_ids": [0, 1]}
+
+
+def test_packed_rows_have_positions_and_no_mask() -> None:
+    batch = Collator(0)([LONG, SHORT])
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[2, 11, 12, 2, 13], [2, 21, 0, 0, 0]],
+        "labels": [[IGNORED, 11, 12, IGNORED, 13], [IGNORED, 21, IGNORED, IGNORED, IGNORED]],
+        # The padding is a document of its own: positions restart, so no real token can see it.
+        "position_ids": [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]],
+    }
+
+
+def test_other_rows_have_a_mask_and_no_positions() -> None:
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in (LONG, SHORT)]
+    batch = Collator(7)(rows)
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+    assert batch["input_ids"][1].tolist() == [2, 21, 7, 7, 7]
+
+
+def test_everything_is_int64() -> None:
+    assert {str(tensor.dtype) for tensor in Collator(0)([SHORT, SHORT]).values()} == {"torch.int64"}
+
+
+def test_packed_and_unpacked_do_not_mix() -> None:
+    with pytest.raises(ValueError, match="packed and unpacked"):
+        Collator(0)([LONG, {"input_ids": [2], "labels": [IGNORED]}])

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemma_tune.data.pack import pack
+
+
+@given(lengths=st.lists(st.integers(1, 64), max_size=80))
+def test_each_document_once_and_no_row_too_long(lengths: list[int]) -> None:
+    rows = pack(lengths, 64)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[index] for index in row) <= 64 for row in rows)
+
+
+@given(lengths=st.lists(st.integers(1, 64), max_size=80))
+def test_equal_to_the_plain_loop(lengths: list[int]) -> None:
+    """Best-fit decreasing, written as it is defined."""
+    plain: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rooms = [(64 - sum(lengths[i] for i in row), number) for number, row in enumerate(plain)]
+        fitting = [room for room, _ in rooms if room >= lengths[index]]
+        if fitting:
+            number = max(number for room, number in rooms if room == min(fitting))
+            plain[number].append(index)
+        else:
+            plain.append([index])
+    assert sorted(sum(lengths[i] for i in row) for row in pack(lengths, 64)) == sorted(
+        sum(lengths[i] for i in row) for row in plain
+    )
+
+
+def test_rows_keep_the_order_of_their_documents() -> None:
+    rows = pack([5, 9, 5, 1, 9], 10)
+    assert rows == [[0, 2], [1], [3, 4]]
+
+
+def test_no_document_gives_no_row() -> None:
+    assert pack([], 8) == []
+
+
+@pytest.mark.parametrize("length", [0, 9])
+def test_what_cannot_fit_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match="between 1 and 8"):
+        pack([3, length], 8)
+
+
+def test_20000_documents_in_seconds() -> None:
+    draw = random.Random(0)
+    lengths = [draw.randint(10, 2048) for _ in range(20_000)]
+    start = time.process_time()
+    rows = pack(lengths, 2048)
+    assert time.process_time() - start < 5
+    assert sum(lengths) / (len(rows) * 2048) > 0.98
