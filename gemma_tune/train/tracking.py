@@ -30,8 +30,9 @@ def has_key() -> bool:
 
 
 def mode_of_run() -> str:
-    """WANDB_MODE where the user set it, otherwise `online` with a key and `offline` without."""
-    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    """`online` only with a key, otherwise `offline`: online without one, wandb would ask. WANDB_MODE may say less."""
+    wanted = os.environ.get("WANDB_MODE") or "online"
+    return "offline" if wanted == "online" and not has_key() else wanted
 
 
 class WandbTracking(TrainerCallback):
