@@ -37,9 +37,14 @@ _HIDDEN = frozenset("\u061c\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u206
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
+    class PipeConsole(Console):
+        def on_broken_pipe(self) -> None:
+            # rich would end the process with the code of a bug; `cli.main` knows better.
+            raise
+
     stream = sys.stderr if stderr else sys.stdout
     wide = not stream.isatty() and "COLUMNS" not in os.environ
-    return Console(stderr=stderr, width=PIPE_WIDTH if wide else None, highlight=False, markup=False, emoji=False)
+    return PipeConsole(stderr=stderr, width=PIPE_WIDTH if wide else None, highlight=False, markup=False, emoji=False)
 
 
 @functools.cache

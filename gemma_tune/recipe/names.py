@@ -139,7 +139,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "training": ("optim", "the recipe's sections are by topic"),
     "optimizer_config": ("optim", ""),
     "eval": ("evaluation", ""),
-    "wandb": ("tracking.wandb", ""),
     "logging": ("tracking", ""),
     "checkpointing": ("checkpoint", ""),
     "method": ("stage", ""),

@@ -37,6 +37,14 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
     Raises:
         UserError: with every argument that is no override.
     """
+    found, problems = collect_overrides(arguments)
+    if problems:
+        raise UserError.of(problems)
+    return found
+
+
+def collect_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    """The overrides among `arguments`, and what is wrong with the others."""
     found: list[Override] = []
     problems: list[Problem] = []
     for item in _pairs(arguments):
@@ -44,9 +52,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
             problems.append(item)
         else:
             found.append(_override(*item))
-    if problems:
-        raise UserError.of(problems)
-    return found
+    return found, problems
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str] | Problem]:

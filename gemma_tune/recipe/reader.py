@@ -15,12 +15,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gemma_tune.console import TOKEN, quoted
+from gemma_tune.console import TOKEN, printable, quoted
 from gemma_tune.errors import Problem, UserError
 from gemma_tune.recipe import yaml
 from gemma_tune.recipe.expectations import describe, fix_for, resolve_schema, shown
 from gemma_tune.recipe.names import ELSEWHERE, NOT_IN_A_RECIPE, SECRETS, did_you_mean, nearest
-from gemma_tune.recipe.overrides import PLACE, apply, parse_overrides
+from gemma_tune.recipe.overrides import PLACE, apply, collect_overrides, parse_overrides
 from gemma_tune.recipe.rules import clashes, secret_in
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.recipe.yaml import COMMAND_LINE, Node
@@ -51,9 +51,14 @@ def _read(document: yaml.Document, overrides: Sequence[str]) -> Recipe:
     recipe = reader.judge(data)
     reader.find_secrets()
     if reader.problems:
-        raise UserError.of(sorted(reader.problems, key=reader.order))
+        # Keys come from the file as well: a token or a control character in one must not reach the terminal.
+        raise UserError.of([_clean(problem) for problem in sorted(reader.problems, key=reader.order)])
     assert recipe is not None
     return recipe
+
+
+def _clean(problem: Problem) -> Problem:
+    return Problem(printable(problem.what), printable(problem.where), printable(problem.fix))
 
 
 @functools.cache
@@ -138,11 +143,8 @@ class _Reader:
     # Step 2: overrides
 
     def override(self, arguments: Sequence[str]) -> None:
-        try:
-            overrides = parse_overrides(arguments)
-        except UserError as error:
-            self.problems.extend(error.problems)
-            return
+        overrides, problems = collect_overrides(arguments)
+        self.problems.extend(problems)
         for override in overrides:
             problem = apply(override, self.root)
             if problem:
@@ -162,7 +164,7 @@ class _Reader:
         if isinstance(node.value, dict):
             return self.compare_mapping(node, node.value, options, path)
         if isinstance(node.value, list):
-            items = next((option["items"] for option in options if "items" in option), {})
+            items: Mapping[str, Any] = next((option["items"] for option in options if "items" in option), {})
             return [self.compare(item, items, (*path, str(index))) for index, item in enumerate(node.value)]
         if isinstance(node.value, float) and not math.isfinite(node.value):
             self.add(path, node, f"{node.text} is not a finite number", "write a finite number")
@@ -186,7 +188,8 @@ class _Reader:
     def compare_mapping(
         self, node: Node, value: dict[str, Node], options: Sequence[Mapping[str, Any]], path: KeyPath
     ) -> dict[str, Any]:
-        option = next((option for option in options if option.get("type") == "object"), None)
+        # A schema without a type takes anything.
+        option = next((option for option in options if option.get("type", "object") == "object"), None)
         if option is None:
             # pydantic will say what is wanted here instead of a section.
             return dict.fromkeys(value)
@@ -224,16 +227,19 @@ class _Reader:
                 self.report_clash(clash.keys, clash.what, clash.fix)
         return recipe
 
-    def grouped(self, error: ValidationError) -> Iterator[tuple[KeyPath, bool, str]]:
-        """(path, is missing, message of a validator) once a place: a union reports each of its branches apart."""
-        seen: set[KeyPath] = set()
+    def grouped(self, error: ValidationError) -> list[tuple[KeyPath, bool, str]]:
+        """(path, is missing, message of a validator) once a place.
+
+        A union reports each of its branches apart, and a list with a bad item reports itself as too short as well.
+        """
+        found: dict[KeyPath, tuple[KeyPath, bool, str]] = {}
         for item in error.errors(include_url=False):
             location = tuple(map(str, item["loc"]))
             missing = item["type"] == "missing"
             path = location if missing else location[: self.node_at(location)[1]]
-            if path not in seen:
-                seen.add(path)
-                yield path, missing, str(item["ctx"]["error"]) if item["type"] == "value_error" else ""
+            message = str(item["ctx"]["error"]) if item["type"] == "value_error" else ""
+            found.setdefault(path, (path, missing, message))
+        return [entry for path, entry in found.items() if not any(_is_below(other, path) for other in found)]
 
     def report(self, path: KeyPath, missing: bool, message: str) -> None:
         if any(path[: len(bad)] == bad for bad in self.tainted) or path in self.tainted:
@@ -283,6 +289,10 @@ def _scalars(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Node]]:
             yield from _scalars(child, (*path, str(index)))
     else:
         yield path, node
+
+
+def _is_below(path: KeyPath, above: KeyPath) -> bool:
+    return len(path) > len(above) and path[: len(above)] == above
 
 
 def _takes_text(options: Sequence[Mapping[str, Any]]) -> bool:

@@ -84,12 +84,13 @@ def read_bytes(name: str, limit: int = MAX_BYTES) -> bytes:
         raise UserError("no such file", where=name, fix=_nearest_files(name)) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {_reason(error)}", where=name, fix="check the path and its rights") from None
-    with os.fdopen(descriptor, "rb") as file:
-        kind = os.fstat(descriptor).st_mode
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
         if stat.S_ISDIR(kind):
             raise UserError("is a folder, not a recipe", where=name, fix=_recipes_in(Path(name)))
-        if not stat.S_ISREG(kind):
-            raise UserError("is a pipe or a device, not a file", where=name, fix="save the recipe in a file first")
+        raise UserError("is a pipe or a device, not a file", where=name, fix="save the recipe in a file first")
+    with os.fdopen(descriptor, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise UserError(f"is larger than {limit:,} bytes", where=name, fix="a recipe is a short YAML file")
@@ -252,7 +253,9 @@ class _Builder:
         return self.root
 
     def _line_of(self, event: yaml.Event) -> int:
-        return event.start_mark.line + 1 if self.line is None else self.line
+        if self.line is not None:
+            return self.line
+        return event.start_mark.line + 1 if event.start_mark else 1
 
     def _where(self, line: int) -> str:
         return f"{self.name}:{line}" if line else self.name
@@ -286,7 +289,7 @@ class _Builder:
     def _refuse(self, line: int, what: str, fix: str) -> None:
         self.problems.append(Problem(f"{what} is not supported in recipes", self._where(line), fix))
 
-    def _refuse_decoration(self, event: yaml.NodeEvent, line: int) -> None:
+    def _refuse_decoration(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent, line: int) -> None:
         if event.anchor:
             self._refuse(line, f"anchor &{event.anchor}", "write the value out where it is needed")
         if event.tag:
@@ -294,7 +297,8 @@ class _Builder:
 
     def _open(self, event: yaml.Event, line: int) -> None:
         if len(self.stack) >= MAX_DEPTH:
-            raise self.syntax.error(event.start_mark.index, f"nested deeper than {MAX_DEPTH} levels", "flatten it")
+            start = event.start_mark.index if event.start_mark else 0
+            raise self.syntax.error(start, f"nested deeper than {MAX_DEPTH} levels", "flatten it")
         node = Node({} if isinstance(event, yaml.MappingStartEvent) else [], line)
         self._add(node)
         self.stack.append(_Frame(node))
