@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_tune.data.cells import RowError
+from gemma_tune.data.sources import NAMED, named, open_source
+from gemma_tune.errors import AccessError, UserError
+from gemma_tune.gemma.conversation import Conversation, Document, Message
+from tests.unit.data.toys import chat, write_jsonl
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`datasets.load_dataset` answers with `rows` (or raises `error`) and remembers how it was asked."""
+    state: dict[str, Any] = {"rows": [], "asked": None, "error": None}
+
+    def load_dataset(path: str, **keywords: Any) -> list[Any]:
+        state["asked"] = {"path": path, **keywords}
+        if state["error"]:
+            raise state["error"]
+        return state["rows"]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    return state
+
+
+def examples(source: dict[str, Any], **keywords: Any) -> list[Any]:
+    opened = open_source(source, **keywords)
+    return [opened.to_example(row.value) for row in opened]
+
+
+def test_ultrachat(hub: dict[str, Any]) -> None:
+    hub["rows"] = [{"prompt": "q", "prompt_id": "0", **chat("q", "a")}]
+    (found,) = examples({"name": "ultrachat"})
+    assert found == Conversation((Message("user", "q"), Message("model", "a")))
+    assert hub["asked"] == {
+        "path": "HuggingFaceH4/ultrachat_200k",
+        "name": None,
+        "split": "train_sft",
+        "revision": None,
+        "streaming": False,
+    }
+
+
+def test_ultrachat_original_uses_all_turns(hub: dict[str, Any]) -> None:
+    hub["rows"] = [{"id": "0", "data": [f"t{i}" for i in range(14)]}]
+    (found,) = examples({"name": "ultrachat_original"})
+    assert [message.content for message in found.messages] == [f"t{i}" for i in range(14)]
+    assert (hub["asked"]["path"], hub["asked"]["split"]) == ("stingning/ultrachat", "train")
+
+
+def test_english_quotes_uses_every_row(hub: dict[str, Any]) -> None:
+    """The notebook of 2024 trained on 3 of the 2,508 rows."""
+    hub["rows"] = [{"quote": f"“Quote number {i} is here.”", "author": f"Author {i},", "tags": []} for i in range(2508)]
+    found = examples({"name": "english_quotes"})
+    assert len(found) == 2508
+    assert found[2507].messages[1].content == "Quote: Quote number 2507 is here.\nAuthor: Author 2507"
+
+
+def test_the_recipe_chooses_split_subset_revision_and_streaming(hub: dict[str, Any]) -> None:
+    source = {"name": "owner/set", "split": "test", "subset": "en", "revision": "abc"}
+    assert examples(source, streaming=True) == []
+    assert hub["asked"] == {"path": "owner/set", "name": "en", "split": "test", "revision": "abc", "streaming": True}
+
+
+def test_limit_and_places(hub: dict[str, Any]) -> None:
+    hub["rows"] = [chat("q", "a")] * 5000
+    rows = list(open_source({"name": "owner/set", "limit": 1204}))
+    assert len(rows) == 1204
+    assert (rows[-1].number, rows[-1].where) == (1204, "owner/set row 1,204")
+
+
+@pytest.mark.parametrize("name", ["ultrachat", "HuggingFaceH4/ultrachat_200k"])
+@pytest.mark.parametrize("split", ["train_gen", "test_gen"])
+def test_splits_without_answers_are_refused(name: str, split: str) -> None:
+    with pytest.raises(UserError, match="nothing to train on") as caught:
+        open_source({"name": name, "split": split})
+    assert f"split: {split.replace('gen', 'sft')}" in str(caught.value)
+
+
+def test_a_named_set_that_changed_is_a_row_error(hub: dict[str, Any]) -> None:
+    hub["rows"] = [{"dialogue": []}]
+    with pytest.raises(RowError, match="no column 'messages': the set has changed"):
+        examples({"name": "ultrachat"})
+
+
+def test_a_format_may_be_forced_on_a_named_set(hub: dict[str, Any]) -> None:
+    hub["rows"] = [{"prompt": "only this", "messages": None}]
+    assert examples({"name": "ultrachat", "format": "text", "columns": {"text": "prompt"}}) == [Document("only this")]
+
+
+def test_a_new_set_is_one_function(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma_tune.data.sources.NAMED", NAMED.copy())
+    from gemma_tune.data import sources
+
+    @named("riddles", hub="owner/riddles")
+    def riddles(row: dict[str, Any]) -> Conversation:
+        return Conversation((Message("user", row["riddle"]), Message("model", row["solution"])))
+
+    assert "riddles" in sources.NAMED
+    hub["rows"] = [{"riddle": "q", "solution": "a"}]
+    assert examples({"name": "riddles"}) == [Conversation((Message("user", "q"), Message("model", "a")))]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("ultrachta", "did you mean 'ultrachat'?"),
+        ("english_quote", "did you mean 'english_quotes'?"),
+        ("squad", "known sets: ultrachat, ultrachat_original, english_quotes; otherwise a hub id (owner/name)"),
+        ("https://example.org/x.zip", "download the file"),
+        ("a/b/c", "no dataset"),
+    ],
+)
+def test_an_unknown_name_gets_a_hint(name: str, what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        open_source({"name": name})
+    assert what in str(caught.value)
+
+
+def test_a_file_takes_no_hub_keys(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "x"}])
+    with pytest.raises(UserError, match="'split' means nothing for a file"):
+        open_source({"name": path, "split": "train"})
+    assert examples({"name": path}) == [Document("x")]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "what"),
+    [
+        (ValueError("Unknown split \"trian\". Should be one of ['train']."), UserError, "data.sources.split"),
+        (ValueError("Config name is missing.\nPlease pick one among ['en']"), UserError, "data.sources.subset"),
+        (RuntimeError("Dataset scripts are no longer supported, but found x.py"), UserError, "no code of the hub"),
+        (ConnectionError("nope"), AccessError, "cannot be reached"),
+    ],
+)
+def test_what_the_hub_says_wrong(hub: dict[str, Any], error: Exception, kind: type[Exception], what: str) -> None:
+    hub["error"] = error
+    with pytest.raises(kind) as caught:
+        examples({"name": "owner/set"})
+    assert what in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- a function by path
+
+MINE = """
+from gemma_tune.gemma.conversation import Conversation, Message
+
+def rows():
+    yield {"prompt": "q", "completion": "a"}
+    yield Conversation((Message("user", "r"), Message("model", "b")))
+
+def listed():
+    return [{"text": "x"}]
+
+def broken():
+    yield {"text": "x"}
+    raise KeyError("gone")
+
+def nothing():
+    return 3
+
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(MINE)
+    return str(tmp_path / "mine.py")
+
+
+def test_rows_of_a_function(mine: str) -> None:
+    first, second = list(open_source({"name": f"{mine}:rows"}))
+    assert (first.value, first.where) == ({"prompt": "q", "completion": "a"}, f"{mine}:rows row 1")
+    assert isinstance(second.value, Conversation)
+    assert examples({"name": f"{mine}:listed"}) == [Document("x")]
+
+
+def test_a_relative_path(mine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(mine).parent)
+    assert examples({"name": "./mine.py:listed"}) == [Document("x")]
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        ("row", "has no function 'row'\n  fix: did you mean rows?"),
+        ("number", "has no function 'number'"),
+        ("", "which function of the file?"),
+        ("nothing", "nothing returned int, not rows"),
+        ("broken", "mine.py:13: KeyError: 'gone'"),
+    ],
+)
+def test_a_wrong_function(mine: str, function: str, what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        list(open_source({"name": f"{mine}:{function}" if function else mine}))
+    assert what in str(caught.value)
+
+
+def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
+    for content, what in (
+        ("def rows(:\n", "bad.py:1: SyntaxError"),
+        ("import no_such_module\n", "bad.py:1: ModuleNot"),
+    ):
+        (tmp_path / "bad.py").write_text(content)
+        with pytest.raises(UserError) as caught:
+            open_source({"name": f"{tmp_path / 'bad.py'}:rows"})
+        assert what in str(caught.value)
+    with pytest.raises(UserError, match="no such file"):
+        open_source({"name": f"{tmp_path / 'none.py'}:rows"})
