@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[str, str]] = {
     ),
     "peft": (
         "0.21",
-        "what the LoRA targets of each generation were tested with (peft#3129: name lists fail on Gemma 4)",
+        "what the LoRA targets were tested with (peft#3129: name lists fail on Gemma 4)",
     ),
     "trl": ("1.16", "the official Gemma templates are read from it, and other versions hold others"),
     "accelerate": ("1.15", "before it, FSDP2 failed on Gemma's tied embeddings with torch 2.13 (accelerate#4171)"),
