@@ -26,7 +26,6 @@ FIXED: dict[str, str] = {
     "eval_on_start": _OWN_EVALUATION,
     "label_names": _OWN_DATA,
     "truncation_mode": _OWN_DATA,
-    "logging_nan_inf_filter": _NON_FINITE,
     "trust_remote_code": "no code from a model folder is run",
     "hub_token": "secrets do not belong in recipes",
 }

@@ -60,6 +60,8 @@ def _changes(recipe: Recipe, shape: Shape, family: Family) -> Iterator[tuple[str
         yield "batch.micro: 1", {"batch": {"micro": 1}}
     if recipe.memory.gradient_checkpointing is False:
         yield "memory.gradient_checkpointing: true", {"memory": {"gradient_checkpointing": True}}
+    if adapter is not None and adapter.dora and adapter.dropout:
+        yield "adapter.dropout: 0", {"adapter": adapter.model_copy(update={"dropout": 0.0})}
     if shape.towers and not recipe.model.text_only:
         yield "model.text_only: true", {"model": {"text_only": True}}
     if adapter is None:

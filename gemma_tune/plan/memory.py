@@ -210,6 +210,14 @@ def _activations(shape: Shape, work: Workload) -> list[MemoryTerm]:
         mean = sum(layers) / len(layers)
         formula = f"{kept} x {shape.layers} layers x {round(mean):,} B on average, no recomputation"
         terms.append(_term("activations", work.tokens * sum(layers), formula))
+    copies = [layer_copies(shape, layer, work) for layer in layers_of(shape)]
+    terms.append(
+        _term(
+            "DoRA's copies of weights",
+            max(copies) if work.checkpointing else sum(copies),
+            "fp32, of each adapted layer: dropout above 0 makes DoRA multiply by the weight again",
+        )
+    )
     if work.masked and work.attention != "flash_attention_2":
         kinds = 1 if shape.sliding_window is None else 2
         each = work.compute_bytes if work.attention == "eager" else 1
@@ -226,6 +234,15 @@ def _projections(shape: Shape, layer: Layer) -> list[tuple[int, int]]:
     return attention + _mlp_projections(shape, layer)
 
 
+def _adapted(shape: Shape, layer: Layer, work: Workload) -> list[tuple[int, int]]:
+    """The projections that carry an adapter; all of them in a full fine-tune."""
+    pairs = _projections(shape, layer)
+    if work.targets == "all-linear":
+        return pairs
+    mlp = _mlp_projections(shape, layer)
+    return mlp if work.targets == "mlp" else pairs[: -len(mlp)]
+
+
 def _mlp_projections(shape: Shape, layer: Layer) -> list[tuple[int, int]]:
     return [(shape.hidden, layer.intermediate)] * 2 + [(layer.intermediate, shape.hidden)]
 
@@ -238,6 +255,16 @@ def layer_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
         + _mlp_bytes(shape, layer, work)
         + _update_bytes(shape, layer, work)
     )
+
+
+def layer_copies(shape: Shape, layer: Layer, work: Workload) -> int:
+    """Bytes that a layer keeps for its backward pass however many tokens there are.
+
+    DoRA behind dropout multiplies by the whole weight again (peft 0.21, tuners/lora/dora.py) and keeps an fp32 copy.
+    """
+    if not (work.dora and work.dropout) or (work.quantization == "none" and work.weight_bytes == 4):
+        return 0
+    return 4 * sum(inputs * outputs for inputs, outputs in _adapted(shape, layer, work))
 
 
 def _norm_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
@@ -279,12 +306,11 @@ def _mlp_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
 def _update_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
     """What the weight gradients need: inputs of the adapters, or of the linear layers in a full fine-tune."""
     d = work.compute_bytes
-    pairs = _projections(shape, layer)
+    pairs = _adapted(shape, layer, work)
     if not work.rank:
-        return d * sum(inputs for inputs, _ in pairs)
-    if work.targets != "all-linear":
-        mlp = _mlp_projections(shape, layer)
-        pairs = mlp if work.targets == "mlp" else pairs[: -len(mlp)]
+        if work.autocast:  # a cast copy for each layer
+            return d * sum(inputs for inputs, _ in pairs)
+        return d * sum(_shared_inputs(shape, layer, "all-linear"))
     each = d if work.autocast else 4  # without autocast peft casts what enters an adapter to the adapter's fp32
     kept = work.rank * each * len(pairs)
     if work.dropout:
@@ -295,8 +321,8 @@ def _update_bytes(shape: Shape, layer: Layer, work: Workload) -> float:
     else:  # q, k and v share one input, so do gate and up
         kept += each * sum(_shared_inputs(shape, layer, work.targets))
     if work.dora:
-        # DoRA scales the base's result and LoRA's: about three more fp32 values an output.
-        kept += 12 * sum(outputs for _, outputs in pairs)
+        # DoRA scales what the base and what LoRA gave, and keeps both; behind dropout the base's is made anew in fp32.
+        kept += (4 + (4 if work.dropout else d)) * sum(outputs for _, outputs in pairs)
     return kept
 
 
@@ -333,8 +359,10 @@ def _workspace(shape: Shape, work: Workload) -> MemoryTerm:
         gradients += weight * work.compute_bytes
         formula += f" + {weight:,} x d: one dequantised weight"
     if work.dora:
-        gradients += 2 * weight * 4
-        formula += f" + {2 * weight:,} x 4 B: DoRA's weight norm"
+        # An identity as wide as the widest input, the update and the weight that its norm is taken of.
+        dense = width**2 + 2 * weight
+        gradients += 4 * dense
+        formula += f" + {dense:,} x 4 B: DoRA's weight norm"
     return _term("passing buffers", gradients, formula)
 
 

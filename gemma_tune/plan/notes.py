@@ -33,6 +33,7 @@ def notes_of(
     return (
         *_room(machine, memory),
         *_types(recipe, machine, family, precision),
+        *_adapter(recipe),
         *_not_quantised(recipe, shape, parameters, precision),
         *_towers(recipe, parameters, precision),
         *_devices(recipe, machine, processes),
@@ -61,6 +62,12 @@ def _types(recipe: Recipe, machine: Machine, family: Family, precision: Precisio
             "LLM.int8() multiplies in 8 bits and casts what enters a layer to fp16 whatever the compute type; "
             f"nf4 keeps to {precision.compute} and needs half the memory."
         )
+
+
+def _adapter(recipe: Recipe) -> Iterator[str]:
+    adapter = recipe.adapter
+    if adapter and adapter.dora and adapter.dropout:
+        yield "DoRA with dropout keeps an fp32 copy of every adapted weight: adapter.dropout: 0 needs far less memory."
 
 
 def _not_quantised(recipe: Recipe, shape: Shape, parameters: Parameters, precision: Precision) -> Iterator[str]:

@@ -243,6 +243,7 @@ def test_the_licence_note():
         ({"model.name": "google/gemma-3-4b-it"}, "rtx4090", "text_only: true saves up to 0.8 GiB"),
         ({}, "t4", "overflows fp16"),
         ({"model.precision": "bf16"}, "cpu", "emulates bf16"),
+        ({"adapter.dora": True}, "rtx4090", "DoRA with dropout"),
         ({"advanced.trainer": {"neftune_noise_alpha": 5}}, "rtx4090", "neftune_noise_alpha"),
         ({"model.name": "google/gemma-3-27b-it", "data.max_length": 2048}, "l4", "leaves less than a tenth"),
     ],

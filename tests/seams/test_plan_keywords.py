@@ -1,0 +1,140 @@
+"""Every keyword of a plan exists in the installed library, and takes the plan's value."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+
+import pytest
+import torch
+
+from gemma_tune.plan.choices_trainer import FIXED
+from gemma_tune.plan.machine import GIB, Machine, probe
+from gemma_tune.recipe.names import OWNED_BY_RECIPE
+from gemma_tune.recipe.schema import Optim
+from tests.unit.plan.recipes import plan_for
+
+BF16_CPU = Machine("this kind of CPU", "cpu", 0, 24 * GIB, bf16=True)
+FULL = {"adapter": None, "model.quantization": "none", "model.name": "google/gemma-3-270m"}
+PLANS = {
+    "qlora": {},
+    "int8": {"model.quantization": "int8"},
+    "lora": {"model.quantization": "none", "adapter.dora": True, "adapter.targets": "attention"},
+    "full": FULL,
+    "constant": {"optim.schedule": "constant", "optim.warmup_ratio": 0},
+    "warm": {"optim.schedule": "constant_with_warmup", "optim.warmup_ratio": 0.5},
+    "linear": {"optim.schedule": "linear", "optim.max_steps": 7},
+    "in order": {"data.shuffle": False},
+    "recomputed": {"memory.gradient_checkpointing": True},
+    "gemma 2": {"model.name": "google/gemma-2-2b"},
+    "gemma 3n": {"model.name": "google/gemma-3n-E2B"},
+    "advanced": {"advanced.trainer": {"neftune_noise_alpha": 5.0}},
+}
+
+
+@pytest.mark.parametrize("machine", ["rtx4090", "t4", BF16_CPU, "cpu"], ids=str)
+@pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
+def test_sft_keywords_exist(changes, machine):
+    from trl import SFTConfig
+
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert plan_for(changes, machine).trainer.keys() <= known
+
+
+@pytest.mark.parametrize("machine", [BF16_CPU, "cpu"], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
+def test_sft_config_takes_the_values(changes, machine, tmp_path):
+    """Constructed for real, with every warning of ours an error: a deprecated keyword would warn."""
+    from trl import SFTConfig
+
+    values = plan_for({"output": str(tmp_path / "run")} | changes, machine).values("trainer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = SFTConfig(**values)
+    for key, value in values.items():
+        held = getattr(config, key)
+        assert held == value or (key, held) == ("report_to", []), f"{key} became {held!r}"
+    assert config.gradient_checkpointing == values["activation_checkpointing"]
+
+
+def test_a_warm_up_below_one_is_a_share_of_the_steps(tmp_path):
+    from trl import SFTConfig
+
+    config = SFTConfig(**plan_for({"optim.warmup_ratio": 0.1, "output": str(tmp_path)}, "cpu").values("trainer"))
+    assert config.get_warmup_steps(200) == 20
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in Optim.model_fields["optimizer"].annotation.__args__ if name != "auto"]
+)
+def test_every_optimizer_of_the_recipe_is_known(name):
+    from transformers.training_args import OptimizerNames
+
+    assert name in {optimizer.value for optimizer in OptimizerNames}
+    assert plan_for({"optim.optimizer": name}).values("trainer")["optim"] == name
+
+
+@pytest.mark.parametrize("schedule", Optim.model_fields["schedule"].annotation.__args__)
+def test_every_schedule_of_the_recipe_is_known(schedule):
+    from transformers import SchedulerType
+
+    assert schedule in {kind.value for kind in SchedulerType}
+
+
+def test_refused_keywords_exist():
+    """A keyword that the library does not have would be refused for the wrong reason."""
+    from trl import SFTConfig
+
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert FIXED.keys() <= known
+    assert not FIXED.keys() & OWNED_BY_RECIPE.keys()
+
+
+@pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
+def test_lora_config(changes):
+    from peft import LoraConfig
+
+    values = plan_for(changes).values("lora")
+    if values:
+        config = LoraConfig(**values)
+        assert {key: getattr(config, key) for key in values} == values
+
+
+@pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
+def test_bitsandbytes_config(changes):
+    from transformers import BitsAndBytesConfig
+
+    values = plan_for(changes).values("quantization")
+    if not values:
+        return
+    assert values.keys() <= inspect.signature(BitsAndBytesConfig).parameters.keys()
+    config = BitsAndBytesConfig(**values)
+    for key, value in values.items():
+        held = getattr(config, key)
+        assert held == (getattr(torch, value) if key.endswith(("dtype", "storage")) else value)
+
+
+@pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
+def test_data_keywords(changes):
+    from gemma_tune.data.build import build
+
+    keywords = {
+        name
+        for name, parameter in inspect.signature(build).parameters.items()
+        if parameter.kind == parameter.KEYWORD_ONLY
+    }
+    assert plan_for(changes).data.keys() == keywords - {"progress"}
+
+
+def test_probe_agrees_with_the_system():
+    machine = probe()
+    assert machine.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert machine.memory_bytes > 2**30 and machine.world_size == 1
+
+
+def test_the_cpus_bf16_is_what_bitsandbytes_asks_for():
+    from bitsandbytes.functional import has_avx512bf16
+
+    if has_avx512bf16():
+        assert probe().bf16 or torch.cuda.is_available()
