@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from gemma_tune.console import printable, quoted
+from gemma_tune.recipe.json_schema import Schema
 from gemma_tune.recipe.names import nearest
 from gemma_tune.recipe.yaml import Node
-
-Schema = Mapping[str, Any]
-
-
-def resolve_schema(schema: Schema, root: Schema) -> list[Schema]:
-    """The alternatives of `schema`, with references followed; usually one."""
-    if "$ref" in schema:
-        return resolve_schema(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
-    if "anyOf" in schema:
-        return [option for choice in schema["anyOf"] for option in resolve_schema(choice, root)]
-    return [schema]
 
 
 def describe(options: Sequence[Schema]) -> str:

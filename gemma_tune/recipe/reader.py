@@ -7,7 +7,6 @@ it can after findings of an earlier one.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gemma_tune.console import TOKEN, printable, quoted
+from gemma_tune.console import TOKEN, printable
 from gemma_tune.errors import Problem, UserError
 from gemma_tune.recipe import yaml
-from gemma_tune.recipe.expectations import describe, fix_for, resolve_schema, shown
-from gemma_tune.recipe.names import ELSEWHERE, NOT_IN_A_RECIPE, SECRETS, did_you_mean, nearest
+from gemma_tune.recipe.expectations import describe, fix_for, shown
+from gemma_tune.recipe.json_schema import recipe_schema, resolve_schema, schema_at
+from gemma_tune.recipe.names import SECRETS
 from gemma_tune.recipe.overrides import PLACE, apply, collect_overrides, parse_overrides
 from gemma_tune.recipe.rules import clashes, secret_in
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.recipe.unknown import explain_unknown
 from gemma_tune.recipe.yaml import COMMAND_LINE, Node
 
 __all__ = ["parse_overrides", "read_recipe", "recipe_schema"]
@@ -59,35 +60,6 @@ def _read(document: yaml.Document, overrides: Sequence[str]) -> Recipe:
 
 def _clean(problem: Problem) -> Problem:
     return Problem(printable(problem.what), printable(problem.where), printable(problem.fix))
-
-
-@functools.cache
-def recipe_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe, for editors. Do not change the returned dict."""
-    schema = Recipe.model_json_schema()
-    _repair_bounds(schema)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **schema,
-        "title": "gemma-tune recipe",
-    }
-
-
-_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-
-
-def _repair_bounds(schema: Any) -> None:
-    """Behind a validator function pydantic writes bounds under its own names; JSON Schema has others."""
-    if isinstance(schema, list):
-        for item in schema:
-            _repair_bounds(item)
-    elif isinstance(schema, dict):
-        if schema.get("type") == "number":
-            for ours, theirs in _BOUNDS.items():
-                if ours in schema:
-                    schema[theirs] = schema.pop(ours)
-        for item in schema.values():
-            _repair_bounds(item)
 
 
 class _Reader:
@@ -154,7 +126,7 @@ class _Reader:
 
     def compare(self, node: Node, schema: Mapping[str, Any], path: KeyPath) -> Any:
         """Plain data for pydantic. Unknown keys are reported and left out."""
-        options = resolve_schema(schema, recipe_schema())
+        options = resolve_schema(schema)
         if node.raw is not None and _takes_text(options) and not _is_null(node, options):
             return self.verbatim(node, path)
         if node.error is not None:
@@ -245,7 +217,7 @@ class _Reader:
         if any(path[: len(bad)] == bad for bad in self.tainted) or path in self.tainted:
             return
         node, _ = self.node_at(path)
-        options = resolve_schema(_schema_at(path), recipe_schema())
+        options = resolve_schema(schema_at(path))
         if missing:
             self.add(path, node, "is missing", _example(path))
         elif message:
@@ -306,21 +278,6 @@ def _is_null(node: Node, options: Sequence[Mapping[str, Any]]) -> bool:
     return node.value is None and node.error is None and any(option.get("type") == "null" for option in options)
 
 
-def _schema_at(path: KeyPath) -> Mapping[str, Any]:
-    schema: Mapping[str, Any] = recipe_schema()
-    for key in path:
-        options = resolve_schema(schema, recipe_schema())
-        schema = {}
-        for option in options:
-            if key in option.get("properties", {}):
-                schema = option["properties"][key]
-            elif "items" in option:
-                schema = option["items"]
-            elif isinstance(option.get("additionalProperties"), dict):
-                schema = option["additionalProperties"]
-    return schema
-
-
 _PLACEHOLDERS: dict[str, Any] = {
     "model": {"name": "placeholder"},
     "data": {"sources": [{"name": "placeholder"}]},
@@ -357,53 +314,3 @@ _EXAMPLES = {
 
 def _example(path: KeyPath) -> str:
     return _EXAMPLES.get(".".join(path), f"add `{path[-1]}: ...`")
-
-
-@functools.cache
-def known_keys() -> dict[str, tuple[str, ...]]:
-    """Every key of the schema -> the dotted paths where it stands; `data.sources.0` stands for any source."""
-    found: dict[str, list[str]] = {}
-
-    def walk(schema: Mapping[str, Any], prefix: str) -> None:
-        for option in resolve_schema(schema, recipe_schema()):
-            for key, child in option.get("properties", {}).items():
-                found.setdefault(key, []).append(f"{prefix}{key}")
-                walk(child, f"{prefix}{key}.")
-            if "items" in option:
-                walk(option["items"], f"{prefix}0.")
-
-    walk(recipe_schema(), "")
-    return {key: tuple(paths) for key, paths in found.items()}
-
-
-def explain_unknown(path: KeyPath, siblings: Sequence[str], *, is_section: bool) -> tuple[str, str]:
-    """(what, fix) for the unknown key at the end of `path`, whose section knows `siblings`."""
-    key = path[-1]
-    section = ".".join(path[:-1])
-    lowered = key.lower().replace("-", "_")
-    if lowered in siblings:
-        return f"unknown key; did you mean {lowered!r}?", f"write {lowered}"
-    places = known_keys().get(lowered, ())
-    if places:
-        homes = " or ".join(place.rpartition(".")[0] or "the top level" for place in places)
-        return f"unknown key here; it belongs under {homes}", f"write it as {' or '.join(places)}"
-    if lowered in ELSEWHERE:
-        ours, remark = ELSEWHERE[lowered]
-        return f"unknown key; it is called {ours} here", f"use {ours}" + (f" ({remark})" if remark else "")
-    if lowered in NOT_IN_A_RECIPE:
-        return "there is no such key in a recipe", NOT_IN_A_RECIPE[lowered]
-    near = nearest(key, siblings)
-    if near:
-        return f"unknown key; {did_you_mean(near)}", f"write {' or '.join(near)}"
-    # A short word is near to everything, so that only its own section's keys are worth a guess.
-    far = [place for name in nearest(key, known_keys()) for place in known_keys()[name]][:3] if len(key) >= 4 else []
-    if far:
-        return f"unknown key; {did_you_mean(far)}", f"write it as {' or '.join(far)}"
-    foreign = nearest(key, ELSEWHERE, limit=1) if len(key) >= 4 else []
-    if foreign:
-        ours = ELSEWHERE[foreign[0]][0]
-        return f"unknown key; if you mean {foreign[0]!r}, it is called {ours} here", f"use {ours}"
-    return (
-        f"unknown key {quoted(key)}" if not key.isidentifier() else "unknown key",
-        f"known {'in ' + section if section else 'at the top level'}: {', '.join(siblings)}",
-    )

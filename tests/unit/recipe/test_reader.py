@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from gemma_tune.errors import UserError
 from gemma_tune.recipe.names import ELSEWHERE, NOT_IN_A_RECIPE, OWNED_BY_RECIPE, distance, nearest
-from gemma_tune.recipe.reader import explain_unknown, known_keys, read_recipe, read_recipe_text, recipe_schema
+from gemma_tune.recipe.reader import read_recipe, read_recipe_text, recipe_schema
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.recipe.unknown import explain_unknown, known_keys
 
 BASE = """\
 model: {name: google/gemma-3-1b-it}

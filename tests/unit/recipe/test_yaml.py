@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_tune.errors import UserError
-from gemma_tune.recipe import yaml
-from gemma_tune.recipe.yaml import MAX_BYTES, Document, load, parse, resolve
+from gemma_tune.recipe import files
+from gemma_tune.recipe.files import MAX_BYTES
+from gemma_tune.recipe.yaml import Document, load, parse, resolve
 
 
 def refusal(text: str) -> str:
@@ -249,6 +250,11 @@ def test_missing_file_names_the_nearest(tmp_path: os.PathLike[str]) -> None:
     assert path in caught.value.problems[0].fix
 
 
+def test_a_shipped_recipe_outside_of_a_checkout(tmp_path: os.PathLike[str]) -> None:
+    with pytest.raises(UserError, match=r"fix: gemma-tune recipes copy quickstart$"):
+        load(os.path.join(tmp_path, "recipes", "quickstart.yaml"))
+
+
 def test_missing_folder(tmp_path: os.PathLike[str]) -> None:
     with pytest.raises(UserError, match="no such file"):
         load(os.path.join(tmp_path, "nowhere", "r.yaml"))
@@ -286,7 +292,7 @@ def test_an_unreadable_file_also_for_root(tmp_path: os.PathLike[str], monkeypatc
     def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(yaml.os, "open", refuse)
+    monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         load(os.path.join(tmp_path, "r.yaml"))
 
@@ -300,9 +306,12 @@ def test_impossible_paths(path: str) -> None:
 # Arbitrary input ends in a document or in a UserError, never in anything else.
 
 FRAGMENTS = st.sampled_from(
-    ["a", "b: ", ": ", "- ", "\n", "\n  ", "[", "]", "{", "}", ",", "'", '"', "&x ", "*x", "!t ", "|\n", ">\n", "#",
-     "?", "%YAML 1.2\n", "---\n", "...\n", "\t", "\\", "<<: ", "~", "1e-4", "\r", "\x85", "\u2028", "\ufeff", "@", "`", "\0"]
-)  # fmt: skip
+    [
+        *("a", "b: ", ": ", "- ", "\n", "\n  ", "[", "]", "{", "}", ",", "'", '"', "&x ", "*x", "!t ", "|\n", ">\n"),
+        *("#", "?", "%YAML 1.2\n", "---\n", "...\n", "\t", "\\", "<<: ", "~", "1e-4", "\r", "\x85", "\u2028"),
+        *("\ufeff", "@", "`", "\0"),
+    ]
+)
 
 
 @settings(max_examples=400, deadline=None)
