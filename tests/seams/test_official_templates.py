@@ -211,6 +211,24 @@ def test_no_text_becomes_a_control_token(name: str) -> None:
         assert official_backend(name).decode(ids, skip_special_tokens=False) == text.replace("▁", " ")
 
 
+@pytest.mark.parametrize("name", ["gemma1", "gemma4_text"])
+def test_the_encoder_of_the_product_is_as_safe_and_the_same(name: str, tmp_path: Path) -> None:
+    """Loaded from a folder as a checkpoint has it. The class that Gemma's repositories name rebuilds the backend."""
+    from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
+
+    family = FAMILIES[name]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(name)), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family.model_types[0]}), encoding="utf-8")
+    config = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<unk>"}), encoding="utf-8")
+    encoder = GemmaEncoder(load_tokenizer(str(tmp_path), None, family), family)
+    rng = random.Random(f"product {name}")
+    texts = [hostile_text(rng) for _ in range(HOSTILE_TEXTS)] + [random_text(rng) for _ in range(2000)]
+    for text, ids, expected in zip(texts, encoder.encode(texts), protected_encoder(name).encode(texts), strict=True):
+        assert family.control_ids.isdisjoint(ids), repr(text)
+        assert ids == expected, repr(text)
+
+
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_smuggled_control_tokens_do_not_change_the_structure(name: str) -> None:
     """A conversation of hostile texts has exactly the control tokens of the same conversation of harmless ones."""
