@@ -20,7 +20,7 @@ from gemma_tune.errors import AccessError, GemmaTuneError, UserError
 RepoType = Literal["model", "dataset"]
 
 _SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{8,}|(?i:bearer\s+)\S+|(?<=[?&])(?:[^=&\s]*(?:token|signature|key)[^=&\s]*)=[^&\s]+"
+    r"hf_[a-z0-9]{8,}|bearer\s+\S+|(?<=[?&])[^=&\s]*(?:token|signature|key)[^=&\s]*=[^&\s]+", re.IGNORECASE
 )
 _SEARCH_SECONDS = 10.0
 """Longest wait for the hub's answer about one file (huggingface_hub's own default)."""
@@ -229,9 +229,7 @@ def _http(status: int, exc: BaseException | None, what: str) -> GemmaTuneError:
         return AccessError(
             "the hub limits the rate of requests (429)",
             where=what,
-            fix=f"wait {wait} seconds and try again"
-            if wait
-            else "wait some minutes and try again; a token raises the limit",
+            fix=f"wait {wait or 'some hundred'} seconds and try again; a token raises the limit",
         )
     if status >= 500:
         return AccessError(
