@@ -356,3 +356,29 @@ def test_documents_are_one_bos_the_text_and_one_eos(name: str) -> None:
         assert rendered.ids == [family.bos_id, *official_ids([text], name)[0], family.eos_id]
         assert rendered.trained == [0] + [1] * (len(rendered.ids) - 1)
         assert rendered.turns == [len(rendered.ids)]
+
+
+def test_the_random_conversations_have_everything_in_them() -> None:
+    texts = [official_text(conversation, "gemma4_text") for conversation in sample("gemma4_text")]
+    for part, least in {
+        "<|turn>system\n": 800,
+        "<|think|>": 500,
+        "<|channel>thought\n": 500,
+        "<|tool>declaration:": 800,
+        "<|tool_call>call:": 500,
+        "<|tool_response>response:": 300,
+        "<tool_response|><|tool_response>": 100,
+        "<tool_call|><|tool_call>": 100,
+        "{value:": 100,
+        "required:[": 200,
+        "items:{": 200,
+        "nullable:true": 200,
+        "enum:[": 50,
+        "properties:{": 500,
+    }.items():
+        found = sum(part in text for text in texts)
+        assert found >= least, (part, found)
+    assert sum(text.endswith("<|tool_response>") for text in texts) > 50, "calls that hand over"
+    assert sum(text.endswith("<tool_response|>") for text in texts) > 50, "tools that have just answered"
+    for name in ("gemma1", "gemma3_text"):
+        assert {len(conversation.messages) for conversation in sample(name)} >= set(range(1, 8))
