@@ -22,10 +22,14 @@ class Collator:
 
     Args:
         pad_id: id of the padding token.
+        fill_id: fills packed rows, by default `pad_id`. The model reads this padding as a document, and the embedding
+            of Gemma's `<pad>` may be zero: AltUp (Gemma 3n) divides by the norm of what it reads, and a document of
+            zeros turns every gradient into NaN. BOS is safe: each real document begins with it, none ends with it.
     """
 
-    def __init__(self, pad_id: int) -> None:
+    def __init__(self, pad_id: int, fill_id: int | None = None) -> None:
         self.pad_id = pad_id
+        self.fill_id = pad_id if fill_id is None else fill_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of `input_ids`, `labels`, perhaps `position_ids` (lists) -> int64 tensors of shape (rows, longest)."""
@@ -33,8 +37,9 @@ class Collator:
         packed = [row.get("position_ids") is not None for row in rows]
         if any(packed) != all(packed):
             raise ValueError("packed and unpacked rows in one batch")
+        filler = self.fill_id if all(packed) else self.pad_id
         batch = {
-            "input_ids": _padded([row["input_ids"] for row in rows], width, self.pad_id),
+            "input_ids": _padded([row["input_ids"] for row in rows], width, filler),
             "labels": _padded([row["labels"] for row in rows], width, IGNORED),
         }
         if all(packed):
@@ -42,6 +47,14 @@ class Collator:
         else:
             batch["attention_mask"] = _padded([[1] * len(row["input_ids"]) for row in rows], width, 0)
         return batch
+
+    def tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Tokens of `batch` without its padding: an int64 scalar on the batch's device."""
+        if "attention_mask" in batch:
+            return batch["attention_mask"].sum()
+        filling = batch["input_ids"].eq(self.fill_id)
+        padding = (filling & batch["position_ids"].gt(0)).sum() + filling[:, -1].sum()
+        return batch["input_ids"].numel() - padding
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:

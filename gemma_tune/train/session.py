@@ -60,7 +60,8 @@ class RunFolder:
         held = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
         if held:
             self._refuse_locked()
-        held = [name for name in held if name != ".lock"]
+        # A process that died before it wrote run.json left a lock or half of one of these files, and no run.
+        held = [name for name in held if name not in (".lock", *(f".{own}.new" for own in FILES))]
         if held and not (self.path / "run.json").is_file():
             raise UserError(
                 f"the output folder is not empty and holds no run of gemma-tune ({', '.join(held[:3])}, ...)",
@@ -144,9 +145,9 @@ class RunFolder:
             if "wandb" in earlier:
                 self.record["wandb"] = earlier["wandb"]
             self.record["status"] = "running"
+            self.write_record()  # first: it is what makes the folder ours
             checkpoint.write_atomically(self.path / "recipe.yaml", redact(recipe_text))
             checkpoint.write_atomically(self.path / "plan.json", dump(plan.to_json()))
-            self.write_record()
 
     def write_record(self, **changes: Any) -> None:
         """Merge `changes` into run.json and replace it in one rename."""

@@ -185,7 +185,7 @@ class Run:
         trainer = SftTrainer(
             model=self.model,
             tokenizer=self.materials.tokenizer,
-            collator=Collator(family.pad_id),
+            collator=Collator(family.pad_id, fill_id=family.bos_id),
             train=data.train,
             held_out=rows,
             config=SFTConfig(**self.plan.values("trainer")),

@@ -103,10 +103,9 @@ class SftTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Count the tokens of the coming step, and keep its rows for the report of a non-finite loss."""
         rows, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pad = self.data_collator.pad_id
         for batch in rows:
             trained = batch["labels"][:, 1:].ne(IGNORED).sum()
-            self._tokens += torch.stack([batch["input_ids"].ne(pad).sum(), trained]).to(self._tokens.device)
+            self._tokens += torch.stack([self.data_collator.tokens(batch), trained]).to(self._tokens.device)
         self._rows = rows
         return rows, items
 

@@ -148,8 +148,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"model": {"precision": "bf16"}},
     "checkpointing": {"memory": {"gradient_checkpointing": True}},
     "full": {"adapter": None},
-    "documents": {"data": {"sources": [{"name": "quotes.jsonl"}]}, "samples": {"prompts": ["Be yourself"]}},
-    "nothing held out": {"data": {"holdout": 0}, "samples": {"held_out": 0, "prompts": []}},
+    "documents": {"data": {"sources": [{"name": "texts.jsonl"}]}, "samples": {"prompts": ["The street is"]}},
+    "nothing held out": {"data": {"holdout": 0}, "samples": {"held_out": 0, "prompts": []}, "evaluation": None},
     "streaming": {"data": {"streaming": True, "shuffle_buffer": 8}},
 }
 
@@ -159,8 +159,8 @@ def test_variants_train_and_save(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    quotes = [{"quote": f"All things number {n} are one.", "author": f"Somebody {n}", "tags": []} for n in range(40)]
-    (tmp_path / "quotes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quotes), encoding="utf-8")
+    texts = [{"text": f"The street number {n} is wide and the houses of it are old."} for n in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
     changes: dict[str, Any] = {"optim": {"learning_rate": 1e-2, "max_steps": 6}, "checkpoint": {"every": 6}}
     recipe = write_recipe(tmp_path, tiny("gemma3_text"), **{**changes, **VARIANTS[name]})
     assert main(["sft", str(recipe)]) == 0

@@ -27,11 +27,11 @@ def write_rows(path: Path, count: int = 60) -> Path:
     return path
 
 
-def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
-    """`folder/recipe.yaml`, which trains `model` for eight steps. Sections in `changes` are merged in."""
+def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
+    """`folder/recipe.yaml`, which trains `base` for eight steps. Sections in `changes` are merged in."""
     recipe: dict[str, Any] = {
         "stage": "sft",
-        "model": {"name": str(model), "quantization": "none", "precision": "fp32"},
+        "model": {"name": str(base), "quantization": "none", "precision": "fp32"},
         "adapter": {"r": 4, "alpha": 8, "dropout": 0.1},
         "data": {"sources": [{"name": str(write_rows(folder / "rows.jsonl"))}], "max_length": 128, "holdout": 8},
         "optim": {"learning_rate": 1e-2, "epochs": 1, "max_steps": 8},
@@ -44,6 +44,8 @@ def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
     for section, values in changes.items():
         known = recipe.get(section)
         recipe[section] = {**known, **values} if isinstance(known, dict) and isinstance(values, dict) else values
+    if recipe["evaluation"] is None:
+        del recipe["evaluation"]
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=1), encoding="utf-8")  # JSON is YAML
     return path

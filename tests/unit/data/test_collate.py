@@ -33,3 +33,19 @@ def test_everything_is_int64() -> None:
 def test_packed_and_unpacked_do_not_mix() -> None:
     with pytest.raises(ValueError, match="packed and unpacked"):
         Collator(0)([LONG, {"input_ids": [2], "labels": [IGNORED]}])
+
+
+def test_packed_padding_can_be_another_token_and_is_not_counted():
+    rows = [
+        {"input_ids": [2, 9, 8, 2, 7], "labels": [IGNORED, 9, 8, IGNORED, 7], "position_ids": [0, 1, 2, 0, 1]},
+        {"input_ids": [2, 9, 8, 7], "labels": [IGNORED, 9, 8, 7], "position_ids": [0, 1, 2, 3]},
+        {"input_ids": [2, 9], "labels": [IGNORED, 9], "position_ids": [0, 1]},
+    ]
+    collate = Collator(0, fill_id=2)
+    batch = collate(rows)
+    assert batch["input_ids"].tolist() == [[2, 9, 8, 2, 7], [2, 9, 8, 7, 2], [2, 9, 2, 2, 2]]
+    assert collate.tokens(batch) == 5 + 4 + 2
+    assert Collator(0).tokens(Collator(0)(rows)) == 5 + 4 + 2
+    plain = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+    assert collate(plain)["input_ids"].tolist()[2] == [2, 9, 0, 0, 0]
+    assert collate.tokens(collate(plain)) == 5 + 4 + 2
