@@ -198,7 +198,21 @@ def _explained(error: Exception, hub: str, label: str, revision: str | None) -> 
         )
     from gemma_tune.plan.hub import explain
 
+    if type(error).__name__ == "DatasetNotFoundError":
+        error = _why_not_found(hub, revision) or error
     return explain(error, hub, repo_type="dataset", revision=revision)
+
+
+def _why_not_found(hub: str, revision: str | None) -> Exception | None:
+    """`datasets` calls a missing, a gated and a private set "not found", and hides the hub's answer: ask again."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(hub, revision=revision)
+        HfApi().auth_check(hub, repo_type="dataset")
+    except Exception as error:
+        return error
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- a function by path

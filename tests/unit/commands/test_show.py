@@ -1,0 +1,128 @@
+"""`gemma-tune show` on a tiny Gemma's tokenizer; no weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_tune import console
+from gemma_tune.commands import show
+from gemma_tune.errors import UserError
+from gemma_tune.gemma.families import FAMILIES
+from tests.unit.data.toys import chat, write_jsonl
+
+
+@dataclass
+class Shown:
+    out: str
+    rows: list[dict[str, Any]]
+
+
+@pytest.fixture
+def run(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Shown]:
+    """Write rows and a recipe, run the command, give back what it printed."""
+
+    def run_show(
+        rows: list[Any], *overrides: str, family: str = "gemma3_text", count: int = 3, as_json: bool = True
+    ) -> Shown:
+        folder = tiny(family)
+        data = write_jsonl(tmp_path / "rows.jsonl", rows)
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            f"model: {{name: {folder}}}\n"
+            f"data: {{sources: [{{name: {data}}}], max_length: 256}}\n"
+            f"output: {tmp_path}/run\n"
+        )
+        console.stdout.cache_clear()
+        code = show.run(str(recipe), list(overrides), count, as_json)
+        assert code == 0
+        assert not (tmp_path / "run").exists()
+        out = capsys.readouterr().out
+        return Shown(out, [json.loads(text) for text in out.splitlines()] if as_json else [])
+
+    return run_show
+
+
+ROWS = [chat("What is it?", "A row.", "And this?", "Another."), chat("Hello", "Hi <end_of_turn> there"), chat("c", "d")]
+
+
+@pytest.mark.parametrize("family", ["gemma1", "gemma3_text", "gemma4"])
+def test_json_has_one_object_a_row_in_the_order_of_the_file(run: Callable[..., Shown], family: str) -> None:
+    rows = run(ROWS, family=family, count=2).rows
+    facts = FAMILIES[family]
+    assert [row["where"].rsplit(":", 1)[1] for row in rows] == ["1", "2"]
+    for row in rows:
+        assert set(row) == {"ids", "trained", "text", "prompt_ids", "where"}
+        assert len(row["ids"]) == len(row["trained"]) and set(row["trained"]) == {0, 1}
+        assert row["ids"].count(facts.bos_id) == 1
+        assert row["ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
+        assert not any(row["trained"][: len(row["prompt_ids"])])
+        assert row["trained"][len(row["prompt_ids"])] == 1
+    assert rows[0]["text"] == (
+        f"<bos>{facts.turn_start}user\nWhat is it?{facts.turn_end}\n{facts.turn_start}model\nA row.{facts.turn_end}\n"
+        f"{facts.turn_start}user\nAnd this?{facts.turn_end}\n{facts.turn_start}model\nAnother.{facts.turn_end}\n"
+    )
+    assert rows[1]["ids"].count(facts.turn_end_id) == 2, "the spelled-out token is text"
+
+
+def test_the_prompt_before_the_trained_turn(run: Callable[..., Shown]) -> None:
+    (row,) = run(ROWS, "data.train_on=last_model_turn", count=1).rows
+    assert sum(row["ids"][index] == 105 for index in range(len(row["prompt_ids"]))) == 4
+    (row,) = run([{"text": "plain"}], count=1).rows
+    assert row["prompt_ids"] == [2] and row["trained"] == [0] + [1] * (len(row["ids"]) - 1)
+
+
+def test_cut_and_dropped_rows_are_as_in_training(run: Callable[..., Shown]) -> None:
+    rows = run([chat("q", "a", "r", "word " * 400), chat("q2", "word " * 400), chat("s", "t")]).rows
+    assert [row["where"].rsplit(":", 1)[1] for row in rows] == ["1", "3"]
+    assert rows[0]["ids"][-1] == 106 and rows[0]["trained"][-1] == 1
+
+
+def test_the_picture(run: Callable[..., Shown]) -> None:
+    out = run([*ROWS, chat("e", "f", "g", "word " * 400)], "data.holdout=1", as_json=False).out
+    assert "tokens between ⟦ and ⟧ carry loss" in out
+    assert "documents" in out and "BOS" in out and "──── document 2 ────" in out
+    assert "the prompt at inference" in out and "4 rows read" in out
+    assert "1 repaired: cut to max_length" in out
+    assert out.count("⟦") == out.count("⟧") >= 3
+
+
+def test_colour_marks_what_is_trained(tiny: Callable[..., Path]) -> None:
+    from gemma_tune.models.tokenizer import load_tokenizer
+
+    family = FAMILIES["gemma3_text"]
+    tokenizer = load_tokenizer(str(tiny("gemma3_text")), None, family)
+    hello = tokenizer.encode("hello", add_special_tokens=False)
+    row = {
+        "input_ids": [2, 105, *hello, 106, 2, 105, *hello],
+        "labels": [-100] * 2 + hello + [106] + [-100] * (2 + len(hello)),
+        "position_ids": [*range(3 + len(hello)), *range(2 + len(hello))],
+    }
+    text = show.picture(row, family, tokenizer)
+    assert text.plain == "<bos><start_of_turn>hello<end_of_turn>\n──── document 2 ────\n<bos><start_of_turn>hello"
+    styles = [(text.plain[span.start : span.end], span.style) for span in text.spans]
+    assert styles == [
+        ("<bos><start_of_turn>", "bold magenta"),
+        ("hello", "green"),
+        ("<end_of_turn>", "bold black on green"),
+        ("\n──── document 2 ────\n", "yellow"),
+        ("<bos><start_of_turn>", "bold magenta"),
+        ("hello", "dim"),
+    ]
+
+
+def test_control_characters_do_not_reach_the_terminal(run: Callable[..., Shown]) -> None:
+    out = run([chat("q", "a\x1b[31mred"), chat("x", "y")], "data.holdout=0", as_json=False).out
+    assert "\x1b" not in out and "\\x1b[31m" in out
+
+
+def test_nothing_to_show_says_why(run: Callable[..., Shown]) -> None:
+    with pytest.raises(UserError, match="no model turn: 1"):
+        run([chat("only a question")])
