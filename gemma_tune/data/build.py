@@ -133,10 +133,11 @@ def build(
         random.Random(f"shuffle {seed}").shuffle(order)
     held = hold_out(groups, holdout, seed)
     held_order = [index for index in order if index in held]
-    train = _dataset(documents.training_rows([i for i in order if i not in held], max_length, packing), packing)
-    held_out = _dataset((documents.row(index) for index in held_order), packed=False)
+    rows = documents.training_rows([index for index in order if index not in held], max_length, packing)
+    train, train_digest = _dataset(rows, packing)
+    held_out, held_digest = _dataset((documents.row(index) for index in held_order), packed=False)
     examples = [spool[index] for index in held_order]
-    digest = _fingerprint(settings, spool.sha256(), train, held_out)
+    digest = _fingerprint(settings, spool.sha256(), train_digest, held_digest)
     spool.close()
     return Prepared(train, held_out, examples, _report(tally, train, held_out, len(order), max_length), digest)
 
@@ -145,10 +146,10 @@ def _prepare_stream(stream: Stream, settings: Mapping[str, Any]) -> Prepared:
     tally, documents, examples = stream.held_out()
     features = _features(stream.packing)
     train = datasets.IterableDataset.from_generator(stream.training_rows, features=features)
-    held_out = _dataset((documents.row(index) for index in range(len(documents))), packed=False)
+    held_out, digest = _dataset((documents.row(index) for index in range(len(documents))), packed=False)
     tally.remarks.append("streaming: the counts are those of the held-out rows; the training rows are not read yet")
     report = tally.report(held_out=len(held_out))
-    return Prepared(train, held_out, examples, report, _fingerprint(settings, "", held_out))
+    return Prepared(train, held_out, examples, report, _fingerprint(settings, digest))
 
 
 def nothing_left(tally: Tally) -> UserError:
@@ -180,11 +181,21 @@ def _features(packed: bool) -> datasets.Features:
     return datasets.Features({name: datasets.Sequence(datasets.Value("int32")) for name in names})
 
 
-def _dataset(rows: Iterable[TrainRow], packed: bool) -> datasets.Dataset:
-    """Rows as an Arrow table, batch by batch: Python lists of all tokens would take eight times the memory."""
+def _dataset(rows: Iterable[TrainRow], packed: bool) -> tuple[datasets.Dataset, str]:
+    """Rows as an Arrow table, and the sha256 of its tokens and labels.
+
+    Built batch by batch: Python lists of all tokens would take eight times the memory. The hash is handed to the
+    dataset, which would otherwise pickle the whole table to make one.
+    """
     schema = _features(packed).arrow_schema
     batches = [pa.record_batch([_column(batch, name) for name in schema.names], schema) for batch in _batches(rows)]
-    return datasets.Dataset(pa.Table.from_batches(batches, schema))
+    table = pa.Table.from_batches(batches, schema)
+    digest = hashlib.sha256()
+    for name in ("input_ids", "labels"):
+        for chunk in table.column(name).chunks:
+            for values in (chunk.value_lengths(), chunk.flatten()):
+                digest.update(values.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+    return datasets.Dataset(table, fingerprint=digest.hexdigest()[:16]), digest.hexdigest()
 
 
 def _column(batch: Sequence[TrainRow], name: str) -> pa.Array:
@@ -202,25 +213,23 @@ def _batches(rows: Iterable[TrainRow], size: int = 1000) -> Iterator[list[TrainR
         yield batch
 
 
-def _flat(dataset: datasets.Dataset, name: str) -> Iterator[pa.Array]:
-    for chunk in dataset.data.column(name).chunks:
+def _flat(table: Any, name: str) -> Iterator[pa.Array]:
+    """The values of a list column without its row borders, chunk by chunk."""
+    for chunk in table.column(name).chunks:
         yield chunk.flatten()
 
 
-def _fingerprint(settings: Mapping[str, Any], contents: str, *tables: datasets.Dataset) -> str:
-    digest = hashlib.sha256(json.dumps([settings, contents], sort_keys=True).encode())
-    for table in tables:
-        for name in ("input_ids", "labels"):
-            for values in _flat(table, name):
-                digest.update(values.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-    return digest.hexdigest()
+def _fingerprint(settings: Mapping[str, Any], *digests: str) -> str:
+    return hashlib.sha256(json.dumps([settings, *digests], sort_keys=True).encode()).hexdigest()
 
 
 def _report(
     tally: Tally, train: datasets.Dataset, held: datasets.Dataset, documents: int, max_length: int
 ) -> DataReport:
-    tokens = sum(len(values) for values in _flat(train, "input_ids"))
-    trained = sum(int((values.to_numpy(zero_copy_only=False) != IGNORED).sum()) for values in _flat(train, "labels"))
+    tokens = sum(len(values) for values in _flat(train.data, "input_ids"))
+    trained = sum(
+        int((values.to_numpy(zero_copy_only=False) != IGNORED).sum()) for values in _flat(train.data, "labels")
+    )
     return tally.report(
         documents=documents - len(held),
         held_out=len(held),
