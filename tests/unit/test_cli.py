@@ -243,3 +243,18 @@ def test_help_takes_less_than_the_time_of_a_blink() -> None:
         return time.perf_counter() - start
 
     assert min(once() for _ in range(5)) < 0.3
+
+
+def test_telemetry_is_off_before_a_command_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+
+    def look() -> int:
+        seen.update(os.environ)
+        return 0
+
+    monkeypatch.delitem(os.environ, "HF_HUB_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.delitem(os.environ, "DO_NOT_TRACK", raising=False)
+    monkeypatch.delitem(os.environ, "DISABLE_TELEMETRY", raising=False)
+    failing(monkeypatch, look)
+    assert cli.main(["doctor"]) == 0
+    assert seen["HF_HUB_DISABLE_TELEMETRY"] == "1"

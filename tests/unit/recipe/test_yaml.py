@@ -334,3 +334,9 @@ def test_any_float_survives_being_written_and_read(number: float) -> None:
 @given(st.integers(min_value=-(10**30), max_value=10**30))
 def test_any_integer_survives_being_written_and_read(number: int) -> None:
     assert resolve(str(number)) == number
+
+
+def test_the_depth_limit_is_exact() -> None:
+    parse("a: " + "[" * 19 + "]" * 19, "r.yaml")
+    with pytest.raises(UserError, match="nested deeper than 20"):
+        parse("a: " + "[" * 20 + "]" * 20, "r.yaml")
