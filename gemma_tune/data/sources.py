@@ -22,6 +22,7 @@ from gemma_tune.data.cells import SourceRow
 from gemma_tune.data.files import read_file, suffix_of
 from gemma_tune.errors import GemmaTuneError, UserError
 from gemma_tune.gemma.conversation import Conversation, Document, Example
+from gemma_tune.recipe.shipped import sample_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,9 @@ def open_source(source: Mapping[str, Any], *, streaming: bool = False) -> Opened
         label, found = name, _function_rows(name)
     elif known:
         label, found = name, _hub_rows(known.hub, name, known.split, source, streaming)
+    elif name.startswith("sample:"):
+        _no_hub_keys(name, source)
+        label, found = name, read_file(sample_file(name.removeprefix("sample:")))
     elif suffix_of(name) or name.startswith((".", "/", "~")) or Path(name).exists():
         _no_hub_keys(name, source)
         label, found = name, read_file(name)
@@ -139,7 +143,7 @@ def _unknown(name: str) -> UserError:
     if re.match(r"https?://", name):
         return UserError(f"{name!r} is an address", where="data.sources", fix="download the file and give its path")
     near = difflib.get_close_matches(name, NAMED, 1, 0.5)
-    known = f"known sets: {', '.join(NAMED)}; otherwise a hub id (owner/name), a file, or ./mine.py:function"
+    known = f"known sets: {', '.join(NAMED)}; otherwise a hub id (owner/name), a file, sample:NAME, or ./mine.py:function"
     return UserError(
         f"{name!r} is no dataset", where="data.sources", fix=f"did you mean {near[0]!r}? {known}" if near else known
     )

@@ -72,7 +72,8 @@ class Adapter(Section):
 
 class Source(Section):
     name: str = Field(min_length=1)
-    """`ultrachat`, `ultrachat_original`, `english_quotes`, a hub id, a file (.jsonl .json .parquet .csv), or `./mine.py:function`."""
+    """`ultrachat`, `ultrachat_original`, `english_quotes`, a hub id, a file (.jsonl .json .parquet .csv),
+    `sample:ultrachat_200k` (rows that come with gemma-tune), or `./mine.py:function`."""
     format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "quotes", "string_list"] = "auto"
     """Shape of a row. `auto` recognises it by its column names."""
     columns: dict[str, str] = Field(default_factory=dict)

@@ -1,10 +1,14 @@
-"""The recipes that come with gemma-tune: a checkout's folder recipes/, an installed package's gemma_tune/_recipes."""
+"""What comes with gemma-tune beside its code: recipes and sample rows.
+
+In a checkout they are the folders recipes/ and data/; an installed package has them as gemma_tune/_recipes and _data.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gemma_tune
 from gemma_tune.errors import AccessError, UserError
@@ -33,22 +37,35 @@ class Shipped:
     measured: str = ""
 
 
-def recipes_folder() -> Path:
-    """The folder of the shipped recipes.
+def shipped_folder(name: Literal["recipes", "data"]) -> Path:
+    """The folder of the shipped recipes, or of the sample rows.
 
     Raises:
         AccessError: the installation has none.
     """
     package = Path(gemma_tune.__file__).resolve().parent
-    for folder in (package / "_recipes", package.parent / "recipes"):
+    for folder in (package / f"_{name}", package.parent / name):
         if folder.is_dir():
             return folder
-    raise AccessError("this installation has no recipes", where=str(package), fix="install gemma-tune again")
+    raise AccessError(f"this installation has no {name}", where=str(package), fix="install gemma-tune again")
+
+
+def sample_file(name: str) -> Path:
+    """The file of sample rows that a recipe calls `sample:NAME`.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    files = {path.stem: path for path in shipped_folder("data").glob("*.jsonl")}
+    if name in files:
+        return files[name]
+    hint = did_you_mean(nearest(name, files)) or f"there are: {', '.join(sorted(files))}"
+    raise UserError(f"there is no sample {name!r}", where="data.sources", fix=hint)
 
 
 def shipped_recipes(folder: Path | None = None) -> list[Shipped]:
     """All shipped recipes, by name."""
-    paths = sorted((folder or recipes_folder()).glob("*.yaml"))
+    paths = sorted((folder or shipped_folder("recipes")).glob("*.yaml"))
     return [Shipped(path.stem, path, **read_header(path.read_text("utf-8"))) for path in paths]
 
 

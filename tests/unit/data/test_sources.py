@@ -212,3 +212,9 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
         assert what in str(caught.value)
     with pytest.raises(UserError, match="no such file"):
         open_source({"name": f"{tmp_path / 'none.py'}:rows"})
+
+
+def test_sample_rows_come_with_the_package() -> None:
+    found = examples({"name": "sample:ultrachat_200k", "limit": 3})
+    assert len(found) == 3
+    assert all(example.messages[-1].role == "model" for example in found)

@@ -12,7 +12,7 @@ from gemma_tune.commands import recipes as command
 from gemma_tune.errors import AccessError, UserError
 from gemma_tune.recipe import shipped
 from gemma_tune.recipe.reader import read_recipe, recipe_schema
-from gemma_tune.recipe.shipped import copy_shipped, find_shipped, read_header, recipes_folder, shipped_recipes
+from gemma_tune.recipe.shipped import copy_shipped, find_shipped, read_header, sample_file, shipped_folder, shipped_recipes
 
 ROOT = Path(gemma_tune.__file__).parents[1]
 
@@ -48,7 +48,7 @@ def test_every_shipped_recipe_is_read_and_says_what_it_is(recipe: shipped.Shippe
 
 def test_the_schema_beside_the_recipes_is_the_current_one() -> None:
     # After a change of the schema: gemma-tune recipes schema > recipes/recipe.schema.json
-    path = recipes_folder() / command.SCHEMA_FILE
+    path = shipped_folder("recipes") / command.SCHEMA_FILE
     assert json.loads(path.read_text("utf-8")) == recipe_schema()
 
 
@@ -115,24 +115,31 @@ def test_an_installed_package_has_its_own_folder(tmp_path: Path, monkeypatch: py
     package.mkdir()
     monkeypatch.setattr(shipped.gemma_tune, "__file__", str(package / "__init__.py"))
     with pytest.raises(AccessError, match="has no recipes"):
-        recipes_folder()
+        shipped_folder("recipes")
     (tmp_path / "recipes").mkdir()
-    assert recipes_folder() == tmp_path / "recipes"
+    assert shipped_folder("recipes") == tmp_path / "recipes"
     (package / "_recipes").mkdir()
-    assert recipes_folder() == package / "_recipes"
+    assert shipped_folder("recipes") == package / "_recipes"
 
 
-def test_the_wheel_carries_the_recipes() -> None:
+def test_a_sample_is_found_by_its_name() -> None:
+    assert sample_file("ultrachat_200k") == ROOT / "data" / "ultrachat_200k.jsonl"
+    with pytest.raises(UserError, match="no sample 'ultrachat_200'") as error:
+        sample_file("ultrachat_200")
+    assert "ultrachat_200k" in error.value.problems[0].fix
+
+
+def test_the_wheel_carries_the_recipes_and_the_samples() -> None:
     import tomllib
 
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"]["recipes"] == "gemma_tune/_recipes"
+    assert wheel["force-include"] == {"recipes": "gemma_tune/_recipes", "data": "gemma_tune/_data"}
 
 
 def test_the_commands(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shipped, "recipes_folder", lambda: folder)
+    monkeypatch.setattr(shipped, "shipped_folder", lambda name: folder)
     assert command.list_() == 0
     listed = capsys.readouterr().out
     assert "quickstart" in listed and "QLoRA of a small model on quotes" in listed and "not yet measured" in listed
