@@ -157,6 +157,7 @@ def _some(names: list[str]) -> str:
 def _prepare(model: PreTrainedModel, family: Family) -> None:
     remedies.keep_gradient_after_eval(model)
     remedies.check_quantised_modules(model, family)
+    remedies.forbid_reentrant_checkpointing(model, family)
     remedies.freeze_towers(model)
     # A cache is of no use in training, and a checkpointed layer would write to it twice. Generation asks for its own.
     model.config.use_cache = False

@@ -14,7 +14,7 @@ Three more remedies live elsewhere, because no loaded model shows them:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.errors import GemmaTuneError, UserError
@@ -112,23 +112,31 @@ def _is_named(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in patterns)
 
 
-def check_checkpointing(trainer: Mapping[str, Any], family: Family) -> None:
-    """Refuse reentrant gradient checkpointing where layers share keys and values (Gemma 3n, Gemma 4 E2B and E4B).
+def forbid_reentrant_checkpointing(model: PreTrainedModel, family: Family) -> None:
+    """Make the model refuse reentrant gradient checkpointing where layers share keys and values (3n, Gemma 4 E2B, E4B).
 
     The reentrant kind recomputes layers in reverse order and drops the gradient that flows through the shared keys and
     values: the loss is right, gradients of the layers that make them are off by half (unsloth-zoo#813, transformers up
-    to at least 5.23). TRL 1.16 asks for it under PEFT with DeepSpeed ZeRO-3.
-
-    Args:
-        trainer: keywords of the trainer's configuration.
+    to at least 5.23). Plans never ask for it, but TRL 1.16 forces it under PEFT with DeepSpeed ZeRO-3.
     """
-    options = trainer.get("gradient_checkpointing_kwargs") or {}
-    if family.kv_shared and trainer.get("gradient_checkpointing") and options.get("use_reentrant"):
-        raise UserError(
-            f"reentrant gradient checkpointing computes wrong gradients for {family.label}",
-            where="advanced.trainer.gradient_checkpointing_kwargs",
-            fix="remove use_reentrant: the other kind is the default",
+    if not family.kv_shared:
+        return
+    original: Any = model._set_gradient_checkpointing
+
+    def checked(enable: bool = True, gradient_checkpointing_func: Any = None, **others: Any) -> None:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise UserError(
+                f"reentrant gradient checkpointing computes wrong gradients for {family.label}",
+                where="gradient checkpointing",
+                fix="leave use_reentrant false; instead of DeepSpeed ZeRO-3 use FSDP, or no sharding with QLoRA",
+            )
+        given = (
+            {} if gradient_checkpointing_func is None else {"gradient_checkpointing_func": gradient_checkpointing_func}
         )
+        original(enable=enable, **given, **others)
+
+    # On this instance, around every way in: the trainer's, PEFT's, and the method's old name.
+    object.__setattr__(model, "_set_gradient_checkpointing", checked)
 
 
 def freeze_towers(model: PreTrainedModel) -> int:

@@ -69,10 +69,14 @@ def test_an_all_ones_mask_would_contaminate(tiny: Callable[..., Path]) -> None:
     assert (masked - alone).abs().max() > 0.1
 
 
-def adapter_gradients(folder: Path, name: str, checkpointing: dict[str, Any] | None) -> dict[str, torch.Tensor]:
+def adapter_gradients(
+    folder: Path, name: str, checkpointing: dict[str, Any] | None, *, remedy: bool = True
+) -> dict[str, torch.Tensor]:
     family = family_of_tiny(name)
     torch.manual_seed(0)
     base = open_tiny(folder, name)
+    if not remedy:
+        del base._set_gradient_checkpointing
     model = attach(
         base, {"target_modules": family.lora_targets["all-linear"], "r": 4, "task_type": "CAUSAL_LM"}, family
     )

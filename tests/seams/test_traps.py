@@ -149,13 +149,16 @@ def test_the_family_knows_what_the_class_claims(name: str, tiny: Callable[..., P
 @pytest.mark.parametrize("name", ["gemma4", "gemma3n_text"])
 def test_reentrant_checkpointing_is_wrong_on_shared_keys_and_values(name: str, tiny: Callable[..., Path]) -> None:
     plain = adapter_gradients(tiny(name), name, None)
-    reentrant = adapter_gradients(tiny(name), name, {"use_reentrant": True})
+    reentrant = adapter_gradients(tiny(name), name, {"use_reentrant": True}, remedy=False)
     assert relative_difference(reentrant, plain) > 0.05
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(UserError, match="reentrant"):
-        remedies.check_checkpointing(options, FAMILIES[name])
-    remedies.check_checkpointing(options | {"gradient_checkpointing": False}, FAMILIES[name])
-    remedies.check_checkpointing(options, FAMILIES["gemma1"])
+        adapter_gradients(tiny(name), name, {"use_reentrant": True})
+
+
+def test_reentrant_checkpointing_is_left_alone_where_it_is_right(tiny: Callable[..., Path]) -> None:
+    plain = adapter_gradients(tiny("gemma3_text"), "gemma3_text", None)
+    reentrant = adapter_gradients(tiny("gemma3_text"), "gemma3_text", {"use_reentrant": True})
+    assert relative_difference(reentrant, plain) < 1e-5
 
 
 # --- 5. LoRA targets
