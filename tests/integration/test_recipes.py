@@ -1,0 +1,54 @@
+"""Every shipped recipe, executed on a tiny random Gemma of its own generation, on sample rows in its set's schema."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.cli import main
+from gemma_tune.plan.facts import model_facts
+from gemma_tune.recipe.reader import read_recipe
+from gemma_tune.recipe.shipped import Shipped, shipped_recipes
+from tests.integration.tiny_runs import document
+
+SAMPLE_OF = {"ultrachat": "ultrachat_200k", "english_quotes": "english_quotes"}
+
+
+def source_for(name: str) -> str:
+    """The source itself where it is here, otherwise sample rows in the identical schema."""
+    if name.startswith("sample:") or ".py:" in name:
+        return name
+    return f"sample:{SAMPLE_OF[name]}"
+
+
+@pytest.mark.parametrize("recipe", shipped_recipes(), ids=lambda recipe: recipe.name)
+def test_a_shipped_recipe_runs_on_a_tiny_model_of_its_generation(
+    recipe: Shipped, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    read = read_recipe(recipe.path)
+    family, _ = model_facts(read.model.name, read.model.revision)
+    run = tmp_path / "run"
+    smaller = [
+        f"model.name={tiny(family.name)}",
+        f"data.sources.0.name={source_for(read.data.sources[0].name)}",
+        "data.sources.0.limit=40",
+        "data.max_length=256",
+        "data.holdout=4",
+        "optim.max_steps=2",
+        "batch.size=2",
+        "batch.micro=1",
+        "evaluation.every=2",
+        "evaluation.max_rows=2",
+        "samples.max_new_tokens=3",
+        "samples.held_out=1",
+        f"output={run}",
+    ]
+    assert main(["sft", str(recipe.path), *smaller]) == 0
+    record = document(run / "run.json")
+    assert record["status"] == "finished" and record["family"] == family.name
+    assert record["results"]["steps"] == 2
+    assert math.isfinite(record["results"]["tuned"]["loss"])
+    assert (run / "adapter" / "adapter_model.safetensors").stat().st_size > 1000
