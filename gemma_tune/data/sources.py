@@ -143,7 +143,9 @@ def _unknown(name: str) -> UserError:
     if re.match(r"https?://", name):
         return UserError(f"{name!r} is an address", where="data.sources", fix="download the file and give its path")
     near = difflib.get_close_matches(name, NAMED, 1, 0.5)
-    known = f"known sets: {', '.join(NAMED)}; otherwise a hub id (owner/name), a file, sample:NAME, or ./mine.py:function"
+    known = (
+        f"known sets: {', '.join(NAMED)}; otherwise a hub id (owner/name), a file, sample:NAME, or ./mine.py:function"
+    )
     return UserError(
         f"{name!r} is no dataset", where="data.sources", fix=f"did you mean {near[0]!r}? {known}" if near else known
     )

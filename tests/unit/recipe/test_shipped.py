@@ -12,7 +12,14 @@ from gemma_tune.commands import recipes as command
 from gemma_tune.errors import AccessError, UserError
 from gemma_tune.recipe import shipped
 from gemma_tune.recipe.reader import read_recipe, recipe_schema
-from gemma_tune.recipe.shipped import copy_shipped, find_shipped, read_header, sample_file, shipped_folder, shipped_recipes
+from gemma_tune.recipe.shipped import (
+    copy_shipped,
+    find_shipped,
+    read_header,
+    sample_file,
+    shipped_folder,
+    shipped_recipes,
+)
 
 ROOT = Path(gemma_tune.__file__).parents[1]
 

@@ -37,13 +37,13 @@ def test_log_probs_entropy_and_gradient_are_those_of_autograd(softcap, tile_rows
 
 
 def tiny(kind):
-    shape = dict(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, initializer_range=0.2, sliding_window=8,
-    )  # fmt: skip
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2, "sliding_window": 8}
     torch.manual_seed(1)
-    model = {"gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**shape)),
-             "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**shape))}[kind]()  # fmt: skip
+    if kind == "gemma2":
+        model = Gemma2ForCausalLM(Gemma2Config(**shape))
+    else:
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**shape))
     model.requires_grad_(False)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     return model
