@@ -39,20 +39,23 @@ def run(recipe: str, overrides: list[str], resume: Resume = "never", machine: st
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)
     family, shape = model_facts(read.model.name, read.model.revision)
-    from gemma_tune.train.session import RunFolder
+    from gemma_tune.train.session import RunFolder, is_first_process
 
-    RunFolder(read.output, resume=resume).check()  # before anything slow: libraries, data and weights
+    first = is_first_process()
+    RunFolder(read.output, resume=resume, writes=first).check()  # before anything slow: libraries, data and weights
     here = named_machine(machine) if machine else probe(world_size_of(os.environ))
     plan = make_plan(read, here, shape, family)
     require_fit(plan)
-    console.out(summary(plan))
-    for note in plan.notes:
-        console.note(note)
+    if first:
+        console.out(summary(plan))
+        for note in plan.notes:
+            console.note(note)
     quieten()
     from gemma_tune.train.sft import run_sft
 
     results = run_sft(plan, text, resume=resume, console=console.stdout())
-    report(results, Path(read.output))
+    if first:
+        report(results, Path(read.output))
     return 0
 
 

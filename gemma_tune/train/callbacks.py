@@ -80,6 +80,7 @@ class Rhythm(TrainerCallback):
         self._before = before
         self._signals = signals
         self._agree = agree
+        self.stopping = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._before()
@@ -89,6 +90,7 @@ class Rhythm(TrainerCallback):
     ) -> TrainerControl:
         step, last = state.global_step, state.max_steps
         if self._agree(self._signals.requested is not None):
+            self.stopping = True
             control.should_save = control.should_training_stop = True
             return control
         control.should_evaluate = is_due(step, self._evaluate_every, last)

@@ -38,11 +38,13 @@ class RunFolder:
     Args:
         path: the folder; relative to the working directory.
         resume: `never` wants a new folder; `auto` continues from a checkpoint if there is one; `must` insists on one.
+        writes: whether this process is the one that writes; of several, only the first is. The others read.
     """
 
-    def __init__(self, path: str | Path, *, resume: Resume) -> None:
+    def __init__(self, path: str | Path, *, resume: Resume, writes: bool = True) -> None:
         self.path = Path(path)
         self.resume = resume
+        self.writes = writes
         self.record: dict[str, Any] = {}
         self._lock: IO[str] | None = None
 
@@ -55,6 +57,8 @@ class RunFolder:
             UserError: the folder holds another run or foreign files, or there is nothing to resume.
             AccessError: another process is working in it, or it cannot be written.
         """
+        if not self.writes:
+            return
         if self.path.exists() and not self.path.is_dir():
             raise UserError("is a file, not a folder", where=str(self.path), fix="set `output` to a folder")
         held = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
@@ -129,6 +133,9 @@ class RunFolder:
             record: content of run.json; results of the earlier part of a resumed run are kept.
             resumed: what `find_checkpoint` found.
         """
+        if not self.writes:
+            self.record = {**record, "results": {}}
+            return
         with checkpoint.disk_errors(self.path, AccessError):
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -152,11 +159,12 @@ class RunFolder:
     def write_record(self, **changes: Any) -> None:
         """Merge `changes` into run.json and replace it in one rename."""
         self.record |= changes
-        checkpoint.write_atomically(self.path / "run.json", dump(self.record))
+        if self.writes:
+            checkpoint.write_atomically(self.path / "run.json", dump(self.record))
 
     def close(self, status: str, *, step: int, **changes: Any) -> None:
         """Write how this part of the run ended (`finished`, `stopped`, `failed`) and release the lock."""
-        if not self.record:
+        if not self.record or not self.writes:
             return
         segment = self.record["segments"][-1]
         segment |= {"finished": now(), "to_step": step, "status": status}
@@ -167,6 +175,8 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to a .jsonl file of the run."""
+        if not self.writes:
+            return
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
 
@@ -209,6 +219,11 @@ class RunFolder:
         return AccessError(
             f"{who} is working in this folder", where=str(self.path), fix="wait for it, or set another `output`"
         )
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that torchrun or accelerate started together, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def keep_lines_until(path: Path, step: int) -> None:

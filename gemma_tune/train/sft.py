@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from transformers import set_seed
 from trl import SFTConfig
@@ -27,7 +28,7 @@ from gemma_tune.train import checkpoint, provenance
 from gemma_tune.train.callbacks import MetricsFile, ProgressDisplay, Rhythm, every_tenth, sample_rows
 from gemma_tune.train.evaluate import Answer, HeldOut, Prompt, answers, prompt_ids, sample_prompts, stop_rate
 from gemma_tune.train.identity import identity_of
-from gemma_tune.train.session import Resume, RunFolder
+from gemma_tune.train.session import Resume, RunFolder, is_first_process
 from gemma_tune.train.sft_trainer import SftTrainer, agreement, load_weights
 from gemma_tune.train.signals import Signals
 from gemma_tune.train.tracking import WandbTracking
@@ -64,8 +65,9 @@ def run_sft(
         Stopped: a signal came; a checkpoint is on disk if the training had begun.
         Aborted: a second Ctrl-C came.
     """
-    console = console or Console()
-    folder = RunFolder(plan.values("session")["output"], resume=resume)
+    first = is_first_process()
+    console = (console or Console()) if first else Console(quiet=True)
+    folder = RunFolder(plan.values("session")["output"], resume=resume, writes=first)
     with Signals() as signals:
         folder.check()
         materials = gather(plan)
@@ -84,9 +86,17 @@ def run_sft(
             return dict(earlier["results"])
         with memory_errors(plan):
             model = load_model(plan, materials)
+        wait_for_all(plan)  # every process has looked for a checkpoint before the first one moves any
         folder.open(recipe_text=recipe_text, plan=plan, record=describe(plan, materials, identity), resumed=search)
+        wait_for_all(plan)
         run = Run(plan, materials, model, folder, identity, search.found, signals, console)
         return run.execute()
+
+
+def wait_for_all(plan: Plan) -> None:
+    """A barrier of all processes; nothing where there is one."""
+    if plan.machine.get("world_size", 1) > 1:
+        PartialState(cpu=plan.machine["device"] == "cpu").wait_for_everyone()
 
 
 def gather(plan: Plan) -> Materials:
@@ -212,13 +222,13 @@ class Run:
         trainer.add_callback(MetricsFile(self.folder, lambda: trainer.counters))
         trainer.add_callback(progress)
         try:
-            self._loop(trainer, steps)
+            self._loop(trainer, rhythm, steps)
         finally:
             self.step = trainer.state.global_step
             progress.close()
         return self._finish(trainer, rows)
 
-    def _loop(self, trainer: SftTrainer, steps: int) -> None:
+    def _loop(self, trainer: SftTrainer, rhythm: Rhythm, steps: int) -> None:
         """All steps that are left. Everything random starts from the seed, or from the checkpoint's state."""
         set_seed(self.session["seed"])
         if self.resumed is None:
@@ -230,10 +240,9 @@ class Run:
             load_weights(trainer.model, self.resumed.folder)
             trainer.state.global_step = self.resumed.step
             trainer.count()
-        if trainer.state.global_step < steps and self.signals.requested:
-            self.step = trainer.state.global_step
+        if trainer.state.global_step < steps and (self.signals.requested or rhythm.stopping):
             raise Stopped(
-                f"stopped by {self.signals.requested} after step {trainer.state.global_step:,}; a checkpoint is saved",
+                f"{self.signals.requested or 'a signal'} stopped it after step {trainer.state.global_step:,}; a checkpoint is saved",
                 where=str(self.folder.path),
                 fix="the same command with --resume auto continues from it",
             )

@@ -169,8 +169,7 @@ class SftTrainer(SFTTrainer):
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
                 total=self._total,
-                # With several processes a lone one must not leave: the others would wait for it.
-                stop=lambda: self.args.world_size == 1 and self._signals.requested is not None,
+                stop=self._stop_alone,
             )
         self.count()
         metrics: dict[str, float] = {}
@@ -183,10 +182,14 @@ class SftTrainer(SFTTrainer):
             }
             # Past SFTTrainer.log: it would mix in, and forget, the training metrics since the last line.
             Trainer.log(self, dict(metrics))
-        if self._signals.requested is not None:
+        if self._stop_alone():
             self.control.should_save = self.control.should_training_stop = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _stop_alone(self) -> bool:
+        """Of several processes none may leave by itself: the others would wait for it. They agree after the step."""
+        return self.args.world_size == 1 and self._signals.requested is not None
 
     def _total(self, sums: torch.Tensor) -> torch.Tensor:
         if self.args.world_size == 1:
