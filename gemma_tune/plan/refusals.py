@@ -87,5 +87,12 @@ def _machine(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             "model.precision",
             "set model.precision: auto",
         )
+    if machine.device == "cpu" and recipe.model.quantization == "int8" and recipe.adapter and recipe.adapter.dora:
+        # peft 0.21's dequantize_module_weight moves a CPU weight "back", and the copy has lost its scales.
+        yield Problem(
+            "DoRA on int8 weights fails on a CPU: after the first pass the weights' scales are gone",
+            "adapter.dora",
+            "set adapter.dora: false, or model.quantization: nf4",
+        )
     if precision == "bf16" and machine.device == "cuda" and not machine.bf16:
         yield Problem(f"{machine.name} has no bf16", "model.precision", "set model.precision: auto")

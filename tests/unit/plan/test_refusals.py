@@ -44,6 +44,7 @@ def test_the_recipe_is_refused(changes, where, what):
         ({"model.attention": "flash_attention_2"}, "cpu", "model.attention"),
         ({"model.precision": "bf16"}, "t4", "model.precision"),
         ({"model.name": "google/gemma-2b", "model.precision": "fp16"}, "cpu", "model.precision"),
+        ({"model.quantization": "int8", "adapter.dora": True}, "cpu", "adapter.dora"),
     ],
 )
 def test_the_machine_stands_in_the_way(changes, machine, where):
