@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gemma_tune import console
 from gemma_tune.plan.facts import model_facts
@@ -51,7 +53,8 @@ def run(recipe: str, overrides: list[str], resume: Resume = "never", machine: st
         for note in plan.notes:
             console.note(note)
     quieten()
-    from gemma_tune.train.sft import run_sft
+    with nullcontext() if read.tracking.wandb else unseen("wandb"):
+        from gemma_tune.train.sft import run_sft
 
     results = run_sft(plan, text, resume=resume, console=console.stdout())
     if first:
@@ -73,6 +76,22 @@ def summary(plan: Plan) -> str:
         f"batch {micro * accumulation * processes} = {micro} rows x {accumulation} steps x {processes} processes, "
         f"{data['max_length']} tokens a row, learning rate {trainer['learning_rate']:g}"
     )
+
+
+@contextmanager
+def unseen(name: str) -> Iterator[None]:
+    """Let libraries that are imported here believe that package `name` is not installed.
+
+    TRL imports W&B wherever it finds it, which costs a second and is nothing that a run without it asked for.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = cast(Any, None)  # what `find_spec` takes for "not there"
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def quieten() -> None:

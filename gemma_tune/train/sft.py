@@ -240,9 +240,10 @@ class Run:
             load_weights(trainer.model, self.resumed.folder)
             trainer.state.global_step = self.resumed.step
             trainer.count()
-        if trainer.state.global_step < steps and (self.signals.requested or rhythm.stopping):
+        done = trainer.state.global_step
+        if done < steps and (self.signals.requested or rhythm.stopping):
             raise Stopped(
-                f"{self.signals.requested or 'a signal'} stopped it after step {trainer.state.global_step:,}; a checkpoint is saved",
+                f"stopped by {self.signals.requested or 'a signal'} after step {done:,}; a checkpoint is saved",
                 where=str(self.folder.path),
                 fix="the same command with --resume auto continues from it",
             )

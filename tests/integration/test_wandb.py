@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +47,19 @@ def test_an_offline_run_with_project_name_and_figures_and_no_secret(
                 assert value.encode() not in path.read_bytes(), (name, path)
 
 
-def test_without_the_key_in_the_recipe_wandb_is_never_started(
+def test_without_it_in_the_recipe_wandb_is_not_even_imported(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny("gemma3_text"), **QUICK)
+    code = (
+        "import sys\nfrom gemma_tune.cli import main\n"
+        f"code = main(['sft', {str(recipe)!r}])\n"
+        "sys.exit(code or 77 * ('wandb' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_without_it_in_the_recipe_wandb_is_never_started(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:

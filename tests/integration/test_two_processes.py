@@ -1,0 +1,54 @@
+"""Two processes do what one does: the same losses, one folder, one writer; and they may take over each other's run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.cli import main
+from gemma_tune.train import checkpoint
+from tests.integration.test_resume import losses, stop_at
+from tests.integration.tiny_runs import document, write_recipe
+
+
+def test_two_gloo_processes_take_over_a_run_and_end_where_one_does(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = str(write_recipe(tmp_path, tiny("gemma3_text"), adapter={"dropout": 0.0}, checkpoint={"every": 4}))
+    assert main(["sft", recipe, f"output={tmp_path / 'one'}", "batch.micro=1"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert main(["sft", recipe, "batch.micro=1"]) == 75
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    process = subprocess.Popen(
+        [*command, "-m", "gemma_tune", "sft", recipe, "batch.micro=1", "--resume", "must"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        printed, error = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too
+    assert process.returncode == 0, error
+    assert printed.count("resuming after step 2") == 1
+    one, two = tmp_path / "one", tmp_path / "run"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    figures = [document(run / "run.json")["results"] for run in (one, two)]
+    assert figures[1]["tuned"]["loss"] == pytest.approx(figures[0]["tuned"]["loss"], rel=1e-4)
+    for key in ("tokens_seen", "tokens_trained", "steps"):
+        assert figures[0][key] == figures[1][key]
+    found = checkpoint.newest(two)
+    assert found.found is not None and found.found.step == 8 and not found.skipped
+    names = {path.name for path in found.found.folder.iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
