@@ -30,6 +30,7 @@ _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_BROKEN = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.ESTALE}
 
 
 class Damaged(Exception):
@@ -255,7 +256,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path, error: type[GemmaTuneError] = TrainingError) -> Iterator[None]:
-    """Name the disk in what torch, safetensors and Python say about a full or unwritable one.
+    """Name the disk in what torch, safetensors and Python say about a full or unwritable one; the rest passes through.
 
     torch reports a full disk as `RuntimeError: basic_ios::clear: iostream error` or `PytorchStreamWriter failed`,
     safetensors as `SafetensorError ... No space left on device`.
@@ -272,7 +273,7 @@ def disk_errors(path: Path, error: type[GemmaTuneError] = TrainingError) -> Iter
                 f"cannot write: {os.strerror(number)}", where=str(path), fix="choose an output folder that is writable"
             ) from exc
         full = number in _FULL or re.search(r"No space left|iostream error|PytorchStreamWriter failed|quota", text)
-        if not full and not isinstance(exc, OSError):
+        if not full and number not in _BROKEN:
             raise
         what = "the disk is full" if full else f"the disk failed: {text}"
         raise error(

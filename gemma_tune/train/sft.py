@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,9 @@ class Run:
             status = "aborted"
             raise
         finally:
-            self.folder.close(status, step=self.step)
+            # Where the disk is full, run.json cannot be written either: the first error is the one to report.
+            with nullcontext() if results is not None else suppress(OSError):
+                self.folder.close(status, step=self.step)
             if self.tracker is not None:
                 self.tracker.close(results)
 

@@ -168,6 +168,37 @@ def test_sigterm_saves_exits_75_and_resumes_to_the_same_bits(
     assert [part["from_step"] for part in record["segments"]] == [0, step]
 
 
+CELLS: dict[str, dict[str, Any]] = {
+    "unpacked": {"data": {"packing": False}},
+    "streaming": {"data": {"streaming": True, "shuffle_buffer": 16}},
+    "full": {"adapter": None, "optim": {"learning_rate": 1e-3}},
+    "nf4 with checkpointing": {
+        "model": {"quantization": "nf4", "precision": "bf16"},
+        "memory": {"gradient_checkpointing": True},
+    },
+    "every step": {"checkpoint": {"every": 1}, "evaluation": {"every": 1}},
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_other_kinds_of_runs_resume_to_the_same_bits(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    changes: dict[str, Any] = {key: dict(value) for key, value in LIGHT.items()}
+    for section, values in CELLS[name].items():
+        changes[section] = None if values is None else {**changes.get(section, {}), **values}
+    recipe = str(write_recipe(tmp_path, tiny("gemma3_text"), **changes))
+    assert main(["sft", recipe, f"output={tmp_path / 'straight'}"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert main(["sft", recipe]) == 75
+    assert main(["sft", recipe, "--resume", "must"]) == 0
+    runs = [tmp_path / "straight", tmp_path / "run"]
+    assert losses(runs[0]) == losses(runs[1])
+    kind = "model/model" if name == "full" else "adapter/adapter_model"
+    assert (runs[0] / f"{kind}.safetensors").read_bytes() == (runs[1] / f"{kind}.safetensors").read_bytes()
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

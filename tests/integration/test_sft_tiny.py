@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -268,7 +269,9 @@ def test_a_full_disk_during_a_save_names_the_checkpoint(
 ) -> None:
     import torch
 
-    own, calls = torch.save, []
+    from gemma_tune.train.session import RunFolder
+
+    own, calls, wrote = torch.save, [], RunFolder.write_record
 
     def full(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -276,7 +279,13 @@ def test_a_full_disk_during_a_save_names_the_checkpoint(
             raise RuntimeError("basic_ios::clear: iostream error")
         return own(*args, **kwargs)
 
+    def full_too(self: Any, **changes: Any) -> None:
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        wrote(self, **changes)
+
     monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(RunFolder, "write_record", full_too)
     assert main(["sft", str(write_recipe(tmp_path, tiny("gemma3_text")))]) == 4
     error = capsys.readouterr().err
     assert "the disk is full" in error and "checkpoint-4" in error

@@ -169,6 +169,15 @@ def test_disk_failures_name_the_disk_and_the_place(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_errors_pass_through_unchanged(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), checkpoint.disk_errors(tmp_path):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+@pytest.mark.parametrize(
+    "exc",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        FileNotFoundError(errno.ENOENT, "No such file", "x"),
+    ],
+)
+def test_errors_that_are_not_the_disks_pass_through_unchanged(tmp_path: Path, exc: Exception) -> None:
+    with pytest.raises(type(exc)) as caught, checkpoint.disk_errors(tmp_path):
+        raise exc
+    assert caught.value is exc
