@@ -32,7 +32,7 @@ class Finding:
 FLOORS: dict[str, tuple[str, str]] = {
     "torch": ("2.6", "before it, torch.load could run code from a weight file (CVE-2025-32434)"),
     "transformers": (
-        "5.16",
+        "5.23",
         "older ones gave garbage for Gemma 4 without a cache (transformers#45242) and wanted token_type_ids to train a "
         "multimodal Gemma 3 (trl#5032)",
     ),

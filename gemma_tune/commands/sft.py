@@ -41,6 +41,7 @@ def run(recipe: str, overrides: list[str], resume: Resume = "never", machine: st
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)
     family, shape = model_facts(read.model.name, read.model.revision)
+    from gemma_tune.models.remedies import import_bitsandbytes
     from gemma_tune.train.session import RunFolder, is_first_process
 
     first = is_first_process()
@@ -53,6 +54,7 @@ def run(recipe: str, overrides: list[str], resume: Resume = "never", machine: st
         for note in plan.notes:
             console.note(note)
     quieten()
+    import_bitsandbytes()  # before trl and peft, which would import it their way
     with nullcontext() if read.tracking.wandb else unseen("wandb"):
         from gemma_tune.train.sft import run_sft
 

@@ -156,6 +156,7 @@ def _some(names: list[str]) -> str:
 
 def _prepare(model: PreTrainedModel, family: Family) -> None:
     remedies.keep_gradient_after_eval(model)
+    remedies.keep_head_input_contiguous(model)
     remedies.check_quantised_modules(model, family)
     remedies.forbid_reentrant_checkpointing(model, family)
     remedies.freeze_towers(model)

@@ -71,6 +71,21 @@ def import_bitsandbytes() -> None:
             del sys.modules["kernels"]
 
 
+def keep_head_input_contiguous(model: PreTrainedModel) -> None:
+    """Hand the (frozen) output projection a contiguous hidden state.
+
+    `generate` asks for the logits of the last position only: `hidden[:, -1:]` of a prompt is a strided view [B, 1, D].
+    Where the weight needs no gradient, `torch.matmul` does not fold such a view into a matrix: it copies the weight
+    once for each row of the batch. With Gemma's 262,144 x 640 head and 16 prompts on a CPU that took 5 GiB and 10 s,
+    where the product of a contiguous input takes 0.02 s.
+
+    Defect: `should_fold` in aten/src/ATen/native/LinearAlgebra.cpp, torch up to at least 2.13 (any device).
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+
 def _linear_4bit(model: nn.Module) -> Iterator[Any]:
     import sys
 

@@ -120,6 +120,15 @@ def load_model(plan: Plan, materials: Materials) -> Any:
     return attach(model, lora, materials.family) if lora else model
 
 
+def trainer_config(plan: Plan) -> SFTConfig:
+    """The configuration of TRL's trainer. One process trains on one GPU, however many it can see."""
+    config = SFTConfig(**plan.values("trainer"))
+    if plan.machine.get("world_size", 1) == 1:
+        # With more than one visible the Trainer would wrap the model in nn.DataParallel, which TRL 1.16 refuses.
+        config._n_gpu = min(config.n_gpu, 1)
+    return config
+
+
 def describe(plan: Plan, materials: Materials, identity: Mapping[str, Any]) -> dict[str, Any]:
     """run.json at the start: everything that was used, with its version or hash."""
     family = materials.family
@@ -200,7 +209,7 @@ class Run:
             collator=Collator(family.pad_id, fill_id=family.bos_id),
             train=data.train,
             held_out=rows,
-            config=SFTConfig(**self.plan.values("trainer")),
+            config=trainer_config(self.plan),
             folder=self.folder,
             keep=self.session["checkpoint"]["keep"],
             identity=self.identity,

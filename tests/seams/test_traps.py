@@ -215,3 +215,29 @@ def test_altup_is_quantised_unless_it_is_named(tiny: Callable[..., Path]) -> Non
     assert type(mended.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     row = torch.arange(500, 520)[None]
     assert torch.isfinite(mended.train()(input_ids=row, labels=row).loss)
+
+
+# --- torch copies the head's weight once for each prompt of a batch
+
+
+def products_of_the_head(model: Any, rows: int) -> set[str]:
+    """Names of the matrix products that the logits of the last position of `rows` prompts are made with."""
+    from torch.profiler import ProfilerActivity, profile
+
+    head = model.get_output_embeddings()
+    hidden = torch.randn(rows, 7, head.in_features, dtype=head.weight.dtype)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        head(hidden[:, -1:])
+    return {event.key for event in seen.key_averages()} & {"aten::bmm", "aten::mm", "aten::addmm"}
+
+
+def test_the_head_is_not_copied_for_each_prompt_of_a_batch(tiny: Callable[..., Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny("gemma3_text")
+    stock = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    assert products_of_the_head(stock, rows=3) == {"aten::bmm"}, "mended in torch: drop the remedy"
+    ours = load_base({"name": str(folder), "dtype": "float32"}, {}, FAMILIES["gemma3_text"]).requires_grad_(False)
+    assert "aten::bmm" not in products_of_the_head(ours, rows=3)
+    hidden = torch.randn(3, 7, ours.config.hidden_size)
+    torch.testing.assert_close(ours.lm_head(hidden[:, -1:]), stock.lm_head(hidden[:, -1:]))
