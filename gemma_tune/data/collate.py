@@ -25,18 +25,27 @@ class Collator:
         fill_id: fills packed rows, by default `pad_id`. The model reads this padding as a document, and the embedding
             of Gemma's `<pad>` may be zero: AltUp (Gemma 3n) divides by the norm of what it reads, and a document of
             zeros turns every gradient into NaN. BOS is safe: each real document begins with it, none ends with it.
+        flatten: lay packed rows end to end, as one row without padding. FlashAttention needs it: transformers (up to at
+            least 5.23, `_is_packed_sequence`) looks for documents only in a batch of one row, and would let those of a
+            larger batch see each other.
     """
 
-    def __init__(self, pad_id: int, fill_id: int | None = None) -> None:
+    def __init__(self, pad_id: int, fill_id: int | None = None, *, flatten: bool = False) -> None:
         self.pad_id = pad_id
         self.fill_id = pad_id if fill_id is None else fill_id
+        self.flatten = flatten
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows of `input_ids`, `labels`, perhaps `position_ids` (lists) -> int64 tensors of shape (rows, longest)."""
+        """Rows of `input_ids`, `labels`, perhaps `position_ids` (lists) -> int64 tensors of shape (rows, longest).
+
+        Packed rows that are flattened come as (1, sum of lengths).
+        """
         width = max(len(row["input_ids"]) for row in rows)
         packed = [row.get("position_ids") is not None for row in rows]
         if any(packed) != all(packed):
             raise ValueError("packed and unpacked rows in one batch")
+        if self.flatten and all(packed):
+            return {key: _end_to_end(rows, key) for key in ("input_ids", "labels", "position_ids")}
         filler = self.fill_id if all(packed) else self.pad_id
         batch = {
             "input_ids": _padded([row["input_ids"] for row in rows], width, filler),
@@ -62,6 +71,10 @@ def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tens
     for index, row in enumerate(rows):
         padded[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
     return padded
+
+
+def _end_to_end(rows: Sequence[Mapping[str, Any]], key: str) -> torch.Tensor:
+    return torch.cat([torch.as_tensor(row[key], dtype=torch.long) for row in rows])[None]
 
 
 def _positions(row: Sequence[int], width: int) -> torch.Tensor:

@@ -206,7 +206,11 @@ class Run:
         trainer = SftTrainer(
             model=self.model,
             tokenizer=self.materials.tokenizer,
-            collator=Collator(family.pad_id, fill_id=family.bos_id),
+            collator=Collator(
+                family.pad_id,
+                fill_id=family.bos_id,
+                flatten=self.plan.values("model")["attn_implementation"] == "flash_attention_2",
+            ),
             train=data.train,
             held_out=rows,
             config=trainer_config(self.plan),

@@ -49,3 +49,20 @@ def test_packed_padding_can_be_another_token_and_is_not_counted():
     plain = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
     assert collate(plain)["input_ids"].tolist()[2] == [2, 9, 0, 0, 0]
     assert collate.tokens(collate(plain)) == 5 + 4 + 2
+
+
+def test_flash_attention_gets_packed_rows_end_to_end_and_would_miss_the_documents_otherwise() -> None:
+    # Of transformers: where this fails, batches of several rows are read right, and `flatten` can go.
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+    stacked = Collator(0, fill_id=2)([LONG, SHORT])
+    assert not _is_packed_sequence(stacked["position_ids"], batch_size=2)
+    flatten = Collator(0, fill_id=2, flatten=True)
+    batch = flatten([LONG, SHORT])
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[2, 11, 12, 2, 13, 2, 21]],
+        "labels": [[IGNORED, 11, 12, IGNORED, 13, IGNORED, 21]],
+        "position_ids": [[0, 1, 2, 0, 1, 0, 1]],
+    }
+    assert _is_packed_sequence(batch["position_ids"], batch_size=1)
+    assert flatten.tokens(batch) == 7
