@@ -231,6 +231,8 @@ _ENVIRONMENT = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run gemma-tune with `argv` (default: sys.argv without its first item) and return the exit code."""
     keep_private(os.environ)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars are for a terminal, not for a log
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets its number instead of a crash.
         if hasattr(stream, "reconfigure"):
