@@ -48,7 +48,7 @@ class Family:
         norms_per_layer: RMS norms as wide as the hidden size in one decoder layer.
         qk_norm: whether queries and keys are normalised, with one learned vector of a head's size each.
         attention: attention implementations that are right for this generation, the default first.
-        fp16_safe: whether fp16 compute is known not to overflow.
+        fp16_safe: False where fp16 compute is known to overflow.
         accepts_loss_kwargs: what the model class tells the Trainer. False breaks gradient accumulation: correct it.
         kv_shared: whether sizes of it share keys and values between layers; reentrant checkpointing is then wrong.
         skip_quantization: patterns of modules that must keep 16 bits (`llm_int8_skip_modules`).
@@ -222,8 +222,8 @@ _GEMMA1: dict[str, Any] = {
     "norms_per_layer": 2,  # modeling: before attention and before the MLP
     "qk_norm": False,
     "attention": ("sdpa", "eager", "flash_attention_2"),  # modeling: _supports_sdpa, _supports_flash_attn
-    # No report of overflow inside transformers, which keeps RoPE and norms in fp32 (transformers#29402);
-    # Google's 2024 notebook trains it in fp16.
+    # No report of overflow inside transformers, which keeps RoPE and norms in fp32 (transformers#29402), and Google's
+    # 2024 notebook trains it in fp16. NaN was reported for other code (gemma_pytorch#10, #24). Not measured by us.
     "fp16_safe": True,
     "kv_shared": False,
     "skip_quantization": ("lm_head",),  # tied to the embedding, which is not quantised

@@ -74,7 +74,7 @@ def _compute_type(recipe: Recipe, machine: Machine, family: Family) -> tuple[str
             f"{machine.name} has no bf16 instructions (AVX512-BF16, AMX): emulating them is slower than fp32",
         )
     if family.fp16_safe:
-        return "float16", f"{machine.name} has no bf16, and {family.label} is known not to overflow fp16"
+        return "float16", f"{machine.name} has no bf16, and nobody reported {family.label} to overflow fp16 here"
     return "float32", f"{machine.name} has no bf16, and {family.label} overflows fp16: slower, but it trains"
 
 
