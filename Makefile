@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # One thread a library: the tests compare floating-point results, and two cores shared by pools are slower than one pool.
 TESTENV := OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-fast test-slow lint format setup clean help
+.PHONY: quickstart test test-fast test-exhaustive test-gpu lint format setup clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,12 @@ test: lint  ## everything that CI runs
 
 test-fast: $(VENV)/.ready  ## under two minutes, no real model
 	$(TESTENV) $(BIN)/python -m pytest -q tests/unit
+
+test-exhaustive: $(VENV)/.ready  ## kills a run before each of its file operations; ten minutes
+	$(TESTENV) $(BIN)/python -m pytest -q -m exhaustive tests
+
+test-gpu: $(VENV)/.ready  ## on a CUDA machine: training, memory and speed there
+	$(BIN)/python -m pytest -q -s -m gpu tests/gpu
 
 lint: $(VENV)/.ready  ## style, types and the floors of the house
 	$(BIN)/ruff check .

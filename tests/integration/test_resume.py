@@ -113,7 +113,7 @@ def test_kill_9_before_the_first_checkpoint_starts_over(straight: Path, tmp_path
     assert outcome(tmp_path / "run") == outcome(straight / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_kill_9_before_each_file_operation_of_a_run(straight: Path, tmp_path: Path) -> None:
     def count(event: str, paths: str) -> None:
