@@ -98,7 +98,8 @@ def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     machine: Annotated[
-        str | None, typer.Option(help="Plan for another machine: cpu, t4, a100, h100, 8xh100. Default: this one.")
+        str | None,
+        typer.Option(help="Plan for another: cpu, t4, l4, rtx4090, a100, a100-80gb, h100, 8xh100. Default: this one."),
     ] = None,
     as_json: AsJson = False,
 ) -> Job:
@@ -185,6 +186,8 @@ def split_recipe(words: Sequence[str], context: typer.Context) -> tuple[str, lis
             overrides.append(word)
             if "=" not in word:
                 overrides.extend(value for value in [next(rest, None)] if value is not None)
+        elif word.startswith("-"):
+            raise _no_such_option(word, context)
         elif recipe is None and not _is_assignment(word):
             recipe = word
         else:
@@ -200,12 +203,16 @@ def _is_assignment(word: str) -> bool:
 
 
 def _refuse_misspelt_option(word: str, context: typer.Context) -> None:
-    """`--resum auto` looks like an override of a key `resum`; say what it really is."""
+    """`--resum auto` and `--verbose` look like overrides of keys; say what they really are.
+
+    What resembles a key of a recipe, here or in another tool, is left to the recipe reader.
+    """
     name = word.removeprefix("--").partition("=")[0]
     if "." in name:
         return
     from gemma_tune.recipe.names import nearest
     from gemma_tune.recipe.schema import Recipe
+    from gemma_tune.recipe.unknown import resembles_a_key
 
     if name.replace("-", "_") in Recipe.model_fields:
         return
@@ -213,6 +220,12 @@ def _refuse_misspelt_option(word: str, context: typer.Context) -> None:
     near = nearest(name, options, limit=1)
     if near:
         raise UserError(f"no such option: --{name}", where="command line", fix=f"did you mean --{near[0]}?")
+    if not resembles_a_key(name):
+        raise _no_such_option(f"--{name}", context)
+
+
+def _no_such_option(word: str, context: typer.Context) -> UserError:
+    return UserError(f"no such option: {word}", where="command line", fix=f"see: gemma-tune {context.info_name} --help")
 
 
 _ENVIRONMENT = {
@@ -226,6 +239,8 @@ _ENVIRONMENT = {
     errno.EIO,
 }
 """Failures of the operating system that are the machine's, wherever they happen."""
+_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
+"""Those of a path that nobody could have made: it was written so."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,6 +295,10 @@ def _as_ours(error: Exception) -> GemmaTuneError:
         return AccessError(
             f"{error.strerror}", where=str(error.filename or ""), fix="check the disk, its quota and the rights"
         )
+    if isinstance(error, OSError) and error.errno in _PATH:
+        return UserError(f"{error.strerror}", where=str(error.filename or "")[:80], fix="correct the path")
+    if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":  # pathlib's words
+        return UserError("a path begins with ~, and that home folder is not known", fix="write it out, or set HOME")
     if isinstance(error, MemoryError):
         return AccessError("this machine has not enough memory", fix="gemma-tune check RECIPE shows what a run needs")
     summary = f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -54,17 +54,16 @@ _SECONDS = 5.0
 _DISK_LOW = 10 * 10**9
 
 
-def run(as_json: bool = False, offline: bool = False) -> int:
-    """Print the report.
+def run(as_json: bool = False) -> int:
+    """Print the report. With HF_HUB_OFFLINE=1 the hub is not asked about the licence gate.
 
     Args:
         as_json: one JSON object on stdout instead of a table.
-        offline: do not ask the hub about the licence gate; HF_HUB_OFFLINE=1 means the same.
 
     Returns:
         0, or 3 where something is broken.
     """
-    findings = list(examine(offline))
+    findings = list(examine())
     broken = [finding for finding in findings if finding.status == "broken"]
     if as_json:
         import json
@@ -75,14 +74,14 @@ def run(as_json: bool = False, offline: bool = False) -> int:
     return 3 if broken else 0
 
 
-def examine(offline: bool = False) -> Iterator[Finding]:
+def examine() -> Iterator[Finding]:
     """All findings, in the order in which they are shown."""
     yield from _python()
     yield from _versions()
     yield from _guarded("device", _device)
     yield from _guarded("4-bit", _four_bit)
     yield from _guarded("templates", _templates)
-    yield from _guarded("hub", lambda: _hub(offline))
+    yield from _guarded("hub", _hub)
     yield from _guarded("disk", _disk)
     yield from _guarded("quick start", _quickstart)
 
@@ -210,7 +209,7 @@ def _templates() -> Iterator[Finding]:
 # --- hub
 
 
-def _hub(offline: bool) -> Iterator[Finding]:
+def _hub() -> Iterator[Finding]:
     from gemma_tune.plan import hub
 
     token = hub.has_token()
@@ -220,7 +219,7 @@ def _hub(offline: bool) -> Iterator[Finding]:
         yield Finding(
             "hub", "token", "note", "none", f"gated Gemmas need one: accept at {hub.page(_GATED)}, hf auth login"
         )
-    if offline or hub.is_offline():
+    if hub.is_offline():
         yield Finding("hub", "licence gate", "note", "not asked", "offline")
         return
     yield _gate()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from gemma_tune import console
-from gemma_tune.recipe.shipped import copy_shipped, shipped_recipes
+from gemma_tune.recipe.shipped import copy_shipped, read_header, shipped_recipes
 
 SCHEMA_FILE = "recipe.schema.json"
 """What the first line of each recipe calls the schema."""
@@ -26,12 +27,18 @@ def list_() -> int:
 
 
 def copy(name: str, destination: str | None) -> int:
-    """Copy one shipped recipe, with the schema that its first line points editors to, and print what comes next."""
-    target = copy_shipped(name, destination)
-    beside = target.with_name(SCHEMA_FILE)
-    if not beside.exists():
-        beside.write_text(_schema_text(), "utf-8")
-    console.out(f"{target}\nlook at it:  gemma-tune check {target}\nrun it:      gemma-tune sft {target}")
+    """Copy one shipped recipe with what it needs and the schema that its first line points editors to.
+
+    Prints the new files and what comes next.
+    """
+    target, *beside = copy_shipped(name, destination)
+    schema = target.with_name(SCHEMA_FILE)
+    if not schema.exists():
+        schema.write_text(_schema_text(), "utf-8")
+    for file in (target, *beside):
+        console.out(str(file))
+    header = read_header(target.read_text("utf-8", "surrogateescape"))
+    console.out(f"look at it:  gemma-tune check {shlex.quote(str(target))}\nrun it:      {header['run']}")
     return 0
 
 

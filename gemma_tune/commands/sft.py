@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -116,7 +117,7 @@ def report(results: Mapping[str, Any], folder: Path) -> None:
         console.out(line)
     if "weights" in results:
         console.out(f"result: {folder / results['weights']['folder']}")
-    console.out(f"talk to it: gemma-tune chat {folder}")
+    console.out(f"talk to it: gemma-tune chat {shlex.quote(str(folder))}")
 
 
 def print_answers(answers: list[Mapping[str, Any]]) -> None:

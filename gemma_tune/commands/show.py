@@ -74,18 +74,19 @@ def json_rows(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any) 
     )
     fitted = tokenise(kept, family, encoder, policies, max_length=data.max_length, train_on=data.train_on)
     shown = 0
-    for one, tokens in fitted:
-        if isinstance(tokens, Drop):
-            tally.drop(tokens.reason, one.where)
+    for one, pieces in fitted:
+        if isinstance(pieces, Drop):
+            tally.drop(pieces.reason, one.where)
             continue
-        shown += 1
-        yield {
-            "ids": list(tokens.ids),
-            "trained": list(tokens.trained),
-            "text": tokenizer.decode(tokens.ids, skip_special_tokens=False),
-            "prompt_ids": prompt_ids(one.example, family, encoder, data.train_on),
-            "where": one.where,
-        }
+        for piece in pieces:
+            shown += 1
+            yield {
+                "ids": list(piece.ids),
+                "trained": list(piece.trained),
+                "text": tokenizer.decode(piece.ids, skip_special_tokens=False),
+                "prompt_ids": prompt_ids(one.example, family, encoder, data.train_on),
+                "where": one.where,
+            }
     if not shown:
         from gemma_tune.data.build import nothing_left
 

@@ -34,8 +34,8 @@ class Prepared:
 
     Attributes:
         train: rows of `input_ids`, `labels` (-100 carries no loss) and, where packed, `position_ids`.
-        held_out: rows of `input_ids` and `labels`, one a conversation.
-        held_out_examples: the conversations of `held_out`, in its order.
+        held_out: rows of `input_ids` and `labels`, one a conversation; several for a text that was split.
+        held_out_examples: the conversations and texts of `held_out`, each once, in its order.
         report: what was read, repaired, dropped.
         fingerprint: sha256 over the settings, the contents and the tokens. Of a stream: over its settings and its
             held-out rows only.
@@ -64,7 +64,7 @@ def build(
     system_role: str = "auto",
     fix_roles: str = "error",
     on_empty_turn: str = "error",
-    on_overlong: str = "truncate",
+    on_overlong: str = "split",
     on_bad_row: str = "error",
     workers: int = 1,
     seed: int = 0,
@@ -112,20 +112,24 @@ def build(
             seed=seed,
         )
         return _prepare_stream(stream, settings)
-    tally, spool, documents, groups = Tally(), Spool(), Documents(), []
+    tally, spool, documents = Tally(), Spool(), Documents()
+    groups: list[bytes] = []
+    origins: list[int] = []  # of each document: the number of its example in the spool
     kept = read_examples(sources, family, policies, tally, deduplicate=deduplicate, seed=seed)
     fitted = tokenise(kept, family, encoder, policies, max_length=max_length, train_on=train_on, workers=workers)
-    for one, tokens in fitted:
-        if isinstance(tokens, Drop):
-            tally.drop(tokens.reason, one.where)
+    for one, pieces in fitted:
+        if isinstance(pieces, Drop):
+            tally.drop(pieces.reason, one.where)
             continue
-        for name in tokens.repairs:
-            tally.repair(name, one.where)
+        for piece in pieces:
+            for name in piece.repairs:
+                tally.repair(name, one.where)
+            documents.append(piece)
+            groups.append(one.group)
+            origins.append(len(spool))
         spool.append(one.example)
-        documents.append(tokens)
-        groups.append(one.group)
-        if progress and len(groups) % 256 == 0:
-            progress(len(groups))
+        if progress and len(spool) % 256 == 0:
+            progress(len(spool))
     if not groups:
         raise nothing_left(tally)
     order = list(range(len(groups)))
@@ -136,7 +140,7 @@ def build(
     rows = documents.training_rows([index for index in order if index not in held], max_length, packing)
     train, train_digest = _dataset(rows, packing)
     held_out, held_digest = _dataset((documents.row(index) for index in held_order), packed=False)
-    examples = [spool[index] for index in held_order]
+    examples = [spool[origin] for origin in dict.fromkeys(origins[index] for index in held_order)]
     digest = _fingerprint(settings, spool.sha256(), train_digest, held_digest)
     spool.close()
     return Prepared(train, held_out, examples, _report(tally, train, held_out, len(order), max_length), digest)

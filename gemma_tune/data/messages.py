@@ -27,6 +27,7 @@ ROLES: dict[str, Role] = {
     "assistant": "model",
     "model": "model",
     "tool": "tool",
+    "function": "tool",  # OpenAI's first form of it
 }
 SHAREGPT_ROLES: dict[str, Role] = {
     **ROLES,
@@ -45,8 +46,10 @@ def openai_message(item: Row, where: str) -> Message:
             "has 'from' and no 'role'", where, fix="set data.sources.format: sharegpt", kind="message without 'role'"
         )
     role = _role(item, "role", ROLES, where)
-    _refuse_untrainable(item, where)
+    _refuse_untrainable(item, role, where)
     calls = _tool_calls(item.get("tool_calls"), f"{where}.tool_calls")
+    if not calls and item.get("function_call") is not None:  # OpenAI's first form: one call, without an id
+        calls = _tool_calls([item["function_call"]], f"{where}.function_call")
     content, response = item.get("content"), None
     if role == "tool" and isinstance(content, Mapping):
         # A structured answer: Gemma 4 writes its fields, other readers see JSON.
@@ -70,12 +73,15 @@ def sharegpt_message(item: Row, where: str) -> Message:
     if "from" not in item and "role" in item:
         return openai_message(item, where)
     role = _role(item, "from", SHAREGPT_ROLES, where)
-    _refuse_untrainable(item, where)
+    _refuse_untrainable(item, role, where)
     if "value" not in item:
         raise RowError("has no 'value'", where, kind="message without 'value'")
     value = as_text(item["value"], f"{where}.value")
     if item["from"] == "function_call":
-        return Message(role, "", tool_calls=_tool_calls([parsed_json(value, f"{where}.value")], f"{where}.value"))
+        calls = parsed_json(value, f"{where}.value")
+        return Message(
+            role, "", tool_calls=_tool_calls(calls if isinstance(calls, list) else [calls], f"{where}.value")
+        )
     return Message(role, value, thinking=_reasoning(item, where), name=optional_text(item, "name", where))
 
 
@@ -97,8 +103,11 @@ def _role(item: Row, key: str, roles: Mapping[str, Role], where: str) -> Role:
     raise RowError(f"unknown role {shown(value)}", f"{where}.{key}", fix=fix, kind=f"unknown role {shown(value, 20)}")
 
 
-def _refuse_untrainable(item: Row, where: str) -> None:
-    """What other tools read from a message and we do not have: losing it silently would change what is trained."""
+def _refuse_untrainable(item: Row, role: Role, where: str) -> None:
+    """What other tools read from a message and we do not have: losing it silently would change what is trained.
+
+    A user's turn of weight 0 (SlimOrca marks them all) says only what `data.train_on` says anyway.
+    """
     if item.get("tool_responses"):
         raise RowError(
             "'tool_responses' inside a message is not read",
@@ -106,19 +115,20 @@ def _refuse_untrainable(item: Row, where: str) -> None:
             fix="write each response as a message of role 'tool'",
             kind="tool_responses inside a message",
         )
-    if item.get("train") is False or (isinstance(item.get("weight"), (int, float)) and item["weight"] == 0):
+    weight = item.get("weight")
+    if role == "model" and (item.get("train") is False or (isinstance(weight, (int, float)) and weight == 0)):
         raise RowError(
             "is marked as not to be trained; a single turn cannot be left out",
             where,
-            fix="set data.train_on: last_model_turn, or remove the mark",
+            fix="remove the mark, or the row",
             kind="turn with its own weight",
         )
 
 
 def _reasoning(item: Row, where: str) -> str | None:
     for key in ("reasoning", "reasoning_content", "thinking"):
-        if item.get(key) is not None:
-            return as_text(item[key], f"{where}.{key}") or None
+        if item.get(key) is not None and (text := as_text(item[key], f"{where}.{key}")):
+            return text
     return None
 
 
@@ -137,6 +147,9 @@ def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             arguments = parsed_json(arguments, f"{place}.arguments") if arguments.strip() else {}
+        else:
+            # Arrow gives every struct of a column the same keys, at every depth, and fills the missing ones with null.
+            arguments = without_nulls(arguments)
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, Mapping):
@@ -145,26 +158,24 @@ def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
                 f"{place}.arguments",
                 kind="tool arguments are not an object",
             )
-        # Arrow gives every struct of a column the same keys and fills the missing ones with null.
-        given = {key: argument for key, argument in arguments.items() if argument is not None}
-        written_json(given, f"{place}.arguments")
-        calls.append(ToolCall(as_text(name, place), given, optional_text(item, "id", place)))
+        written_json(arguments, f"{place}.arguments")
+        calls.append(ToolCall(as_text(name, place), arguments, optional_text(item, "id", place)))
     return tuple(calls)
 
 
 def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
     """The `tools` column: a list of OpenAI function schemas, or its JSON text."""
-    if value is None or value == "":
-        return ()
     if isinstance(value, str):
-        value = parsed_json(value, "tools")
+        value = parsed_json(value, "tools") if value.strip() else None
+    if value is None:
+        return ()
     tools = []
     for index, item in enumerate(as_list(value, "tools", empty=True)):
         if isinstance(item, str):
             item = parsed_json(item, f"tools[{index}]")
         if not isinstance(item, Mapping):
             raise RowError(f"is {kind_of(item)}, not an object", f"tools[{index}]", kind="tool is not an object")
-        tool = without_nulls(item)
+        tool = without_nulls(item)  # Arrow's, see `_tool_calls`
         if not isinstance(tool.get("function"), Mapping):
             tool = {"type": "function", "function": tool}
         if not isinstance(tool["function"].get("name"), str):

@@ -24,7 +24,7 @@ class Policies:
     system_role: Literal["auto", "fold", "drop", "error"] = "auto"
     fix_roles: Literal["error", "merge", "drop"] = "error"
     on_empty_turn: Literal["error", "drop"] = "error"
-    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    on_overlong: Literal["split", "truncate", "drop", "error"] = "split"
     on_bad_row: Literal["error", "drop"] = "error"
 
 

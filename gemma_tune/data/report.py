@@ -18,8 +18,8 @@ class DataReport:
         noted: rows by peculiarity that changes nothing (text that looks like a control token).
         first: name of a repair, drop or note -> the first row that had it.
         remarks: one sentence each.
-        held_out: conversations and documents that are held out.
-        documents: conversations and documents that are trained; like all that follows, None where they are streamed.
+        held_out: conversations and plain texts that are held out; a text that was split counts by its pieces.
+        documents: those that are trained, counted alike; like all that follows, None where they are streamed.
         rows: training rows: packs, or documents where packing is off.
         tokens: tokens in the training rows, padding not counted.
         trained_tokens: those of them that carry loss.

@@ -55,7 +55,8 @@ class Stream:
             if len(documents) == self.holdout:
                 return tally, documents, examples
             documents.append(fitted)
-            examples.append(one.example)
+            if not examples or examples[-1] is not one.example:
+                examples.append(one.example)
         raise UserError(
             f"no row is left to train on behind {len(documents):,} held-out rows: {tally.why_empty()}",
             where="data.holdout",
@@ -100,13 +101,14 @@ class Stream:
         rows = tokenise(
             shuffled, self.family, self.encoder, self.policies, max_length=self.max_length, train_on=self.train_on
         )
-        for one, fitted in rows:
-            if isinstance(fitted, Drop):
-                tally.drop(fitted.reason, one.where)
+        for one, pieces in rows:
+            if isinstance(pieces, Drop):
+                tally.drop(pieces.reason, one.where)
                 continue
-            for name in fitted.repairs:
-                tally.repair(name, one.where)
-            yield one, fitted
+            for piece in pieces:
+                for name in piece.repairs:
+                    tally.repair(name, one.where)
+                yield one, piece
 
 
 def _buffered(kept: Iterable[Kept], size: int, seed: int) -> Iterator[Kept]:

@@ -32,17 +32,18 @@ TrainRow = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Tokens of one example, at most `max_length`; `repairs` names what was cut."""
+    """Tokens of one example or of a piece of it, at most `max_length`; `repairs` names what was done to the example."""
 
     ids: Sequence[int]
     trained: Sequence[int]
     repairs: tuple[str, ...] = ()
 
 
-def fit(rendered: Rendered, max_length: int, on_overlong: str, *, document: bool = False) -> Fitted | Drop:
-    """Cut to `max_length` tokens after the last whole turn that fits, so that what is trained ends with its turn end.
+def fit(rendered: Rendered, max_length: int, on_overlong: str, *, document: bool = False) -> list[Fitted] | Drop:
+    """One row of at most `max_length` tokens, or the pieces of a document that is longer.
 
-    A document has no turns: it is cut anywhere, and loses its end token.
+    A conversation is cut after the last whole turn that fits, so that what is trained ends with its turn end. A
+    document has no turns: `split` makes pieces of it, `truncate` cuts it anywhere, and it loses its end token.
 
     Raises:
         ValueError: it is longer and `on_overlong` is `error`; the text says by how much.
@@ -53,13 +54,33 @@ def fit(rendered: Rendered, max_length: int, on_overlong: str, *, document: bool
             raise ValueError(f"{len(ids):,} tokens, above data.max_length {max_length:,}")
         if on_overlong == "drop":
             return Drop("longer than max_length")
+        if document and on_overlong == "split":
+            return _pieces(rendered, max_length)
         end = max_length if document else max((turn for turn in rendered.turns if turn <= max_length), default=0)
         if not end:
             return Drop("the first trained answer does not fit max_length")
         ids, trained, repairs = ids[:end], trained[:end], ("cut to max_length",)  # type: ignore[assignment]
     if not any(trained[1:]):
         return Drop("no trained token")
-    return Fitted(ids, trained, repairs)
+    return [Fitted(ids, trained, repairs)]
+
+
+def _pieces(rendered: Rendered, max_length: int) -> list[Fitted]:
+    """A long document as consecutive rows: full ones, then the rest. Every token but the BOS is in one of them.
+
+    Each row begins with BOS. It is a sequence of its own (attention does not reach back into the row before), and Gemma
+    has never seen one that begins otherwise. Only the last row ends with EOS: the others do not end, they go on.
+    """
+    bos, *text = rendered.ids
+    _, *trained = rendered.trained
+    size = max_length - 1
+    starts = list(range(0, len(text), size))
+    if len(text) - starts[-1] == 1:
+        starts[-1] -= 1  # EOS alone behind BOS would teach that a text may be empty
+    return [
+        Fitted([bos, *text[start:end]], [0, *trained[start:end]], () if start else ("text split into rows",))
+        for start, end in zip(starts, [*starts[1:], len(text)], strict=True)
+    ]
 
 
 def tokenise(
@@ -71,8 +92,10 @@ def tokenise(
     max_length: int,
     train_on: TrainOn,
     workers: int = 1,
-) -> Iterator[tuple[Kept, Fitted | Drop]]:
-    """Every example with its tokens, in order. Lazy: reads a few chunks ahead.
+) -> Iterator[tuple[Kept, list[Fitted] | Drop]]:
+    """Every example with its rows (more than one for a document that was split), in order.
+
+    Lazy: reads a few chunks ahead.
 
     Raises:
         UserError: an example is too long and `policies.on_overlong` is `error`.
@@ -82,7 +105,7 @@ def tokenise(
             try:
                 yield one, fit(row, max_length, policies.on_overlong, document=isinstance(one.example, Document))
             except ValueError as error:
-                fix = "raise data.max_length, or set data.on_overlong: truncate"
+                fix = "raise data.max_length, or set data.on_overlong: split, truncate or drop"
                 raise UserError(str(error), where=one.where, fix=fix) from None
 
 

@@ -7,9 +7,10 @@ Nothing here knows a machine or a Gemma generation: `auto` is resolved in `plan/
 from __future__ import annotations
 
 import math
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _as_tuple(value: Any) -> Any:
@@ -25,6 +26,14 @@ def _as_number(value: Any) -> Any:
             return value
         return number if math.isfinite(number) else value
     return value
+
+
+def _from_home(value: str) -> str:
+    """`~/runs/x` written out: nobody wants a folder of the name `~`."""
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise ValueError(f"the home folder of {value.partition('/')[0]} is not known; write the whole path")
+    return path
 
 
 Number = Annotated[float, BeforeValidator(_as_number)]
@@ -106,7 +115,7 @@ class Data(Section):
     holdout: Annotated[Number, Field(ge=0)] = 0.01
     """Held-out rows: a fraction below 1, or a number of rows. Split by conversation, after deduplication."""
     deduplicate: bool = True
-    """Drop exact repetitions of a conversation."""
+    """Drop repetitions of a conversation or text; blanks are not compared."""
     shuffle: bool = True
     """Shuffle rows before splitting and packing."""
     streaming: bool = False
@@ -120,8 +129,10 @@ class Data(Section):
     """Two turns of one role in a row where roles must alternate: `merge` them, `drop` the row, or stop."""
     on_empty_turn: Literal["error", "drop"] = "error"
     """A turn without text: `drop` the row or stop."""
-    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """A row above max_length: cut after the last whole turn that fits, drop the row, or stop."""
+    on_overlong: Literal["split", "truncate", "drop", "error"] = "split"
+    """A row above max_length. A conversation: cut after the last whole turn that fits (`split` and `truncate`). A plain
+    text: `split` into rows, of which each begins with BOS and the last ends with EOS, or `truncate`, which loses the
+    rest. `drop` the row, or stop with an `error`."""
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that cannot be read as its format says: stop at the first, or drop and count."""
     workers: Count = 1
@@ -223,6 +234,6 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random."""
-    output: str = Field(min_length=1)
-    """Run folder. Relative paths are relative to the working directory."""
+    output: Annotated[str, AfterValidator(_from_home)] = Field(min_length=1)
+    """Run folder. Relative paths are relative to the working directory; `~` is the home folder."""
     advanced: Advanced = Advanced()

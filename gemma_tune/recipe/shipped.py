@@ -5,7 +5,9 @@ In a checkout they are the folders recipes/ and data/; an installed package has 
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -103,25 +105,59 @@ def find_shipped(name: str, folder: Path | None = None) -> Shipped:
     raise UserError(f"there is no shipped recipe {name!r}", fix=hint)
 
 
-def copy_shipped(name: str, destination: str | Path | None = None, folder: Path | None = None) -> Path:
-    """Copy the shipped recipe `name` to a file or into a folder (default: the working directory); returns the new file.
+def copy_shipped(name: str, destination: str | Path | None = None, folder: Path | None = None) -> list[Path]:
+    """Copy the shipped recipe `name` to a file or into a folder (default: the working directory).
+
+    A Python file that the recipe names as `recipes/FILE.py` goes along, and what the recipe calls `recipes/FILE` is
+    called by its new path in the copy, so that the copy runs where there is no recipes/ folder.
+
+    Returns:
+        The new recipe first, then the files that it needs.
 
     Raises:
-        UserError: no such recipe, or the file exists already.
-        AccessError: the file cannot be written.
+        UserError: no such recipe, or a file exists already.
+        AccessError: a file cannot be written.
     """
     recipe = find_shipped(name, folder)
     target = Path(destination) if destination else Path(recipe.path.name)
     if target.is_dir():
         target = target / recipe.path.name
+    elif str(destination or "").endswith("/"):
+        raise UserError("there is no such folder", where=str(destination), fix=f"mkdir -p {destination}")
+    text = recipe.path.read_text("utf-8")
+    beside = [file for file in sorted(recipe.path.parent.glob("*.py")) if f"recipes/{file.name}" in text]
+    contents = {target.with_name(file.name): file.read_bytes() for file in beside}
+    for path in (target, *contents):
+        old = recipe.path.name if path == target else path.name
+        text = _renamed(text, f"recipes/{old}", str(path))
+    # A file that is there already and the same is no reason to stop: another copy has brought it.
+    files = {target: text.encode("utf-8", "surrogateescape")}
+    files |= {path: content for path, content in contents.items() if not _holds(path, content)}
+    for path in files:
+        if path.exists():  # it is the user's own and must not be lost
+            raise UserError("exists already", where=str(path), fix="name another file, or remove this one")
+    for path, content in files.items():
+        _write_new(path, content)
+    return [target, *contents]
+
+
+def _renamed(text: str, old: str, new: str) -> str:
+    """`old` -> `new` in a recipe: as a shell word in its comments, as in a double-quoted text elsewhere."""
+    shell, quoted = shlex.quote(new), json.dumps(new, ensure_ascii=False)[1:-1]
+    return "".join(
+        line.replace(old, shell if line.startswith("#") else quoted) for line in text.splitlines(keepends=True)
+    )
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
+def _write_new(path: Path, content: bytes) -> None:
     try:
-        # Mode x: a file of the same name is the user's own recipe and must not be lost.
-        with target.open("xb") as file:
-            file.write(recipe.path.read_bytes())
-    except FileExistsError:
-        raise UserError("exists already", where=str(target), fix="name another file, or remove this one") from None
+        with path.open("xb") as file:
+            file.write(content)
     except FileNotFoundError:
-        raise UserError("its folder does not exist", where=str(target), fix=f"mkdir -p {target.parent}") from None
+        raise UserError("its folder does not exist", where=str(path), fix=f"mkdir -p {path.parent}") from None
     except (OSError, ValueError) as error:
-        raise AccessError(f"cannot be written: {error}", where=str(target), fix="name another folder") from None
-    return target
+        raise AccessError(f"cannot be written: {error}", where=str(path), fix="name another folder") from None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gemma_tune.console import quoted
 from gemma_tune.recipe.json_schema import Schema, recipe_schema, resolve_schema
-from gemma_tune.recipe.names import ELSEWHERE, NOT_IN_A_RECIPE, did_you_mean, nearest
+from gemma_tune.recipe.names import ELSEWHERE, NOT_IN_A_RECIPE, SECRETS, did_you_mean, nearest
 
 
 @functools.cache
@@ -25,6 +25,12 @@ def known_keys() -> dict[str, tuple[str, ...]]:
 
     walk(recipe_schema(), "")
     return {key: tuple(paths) for key, paths in found.items()}
+
+
+def resembles_a_key(name: str) -> bool:
+    """Whether `explain_unknown` could tell what the key `name` means."""
+    known = {*known_keys(), *ELSEWHERE, *NOT_IN_A_RECIPE, *SECRETS}
+    return name.lower().replace("-", "_") in known or bool(nearest(name, known))
 
 
 def explain_unknown(path: tuple[str, ...], siblings: Sequence[str], *, is_section: bool) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import gemma_tune
 from gemma_tune.commands import recipes as command
 from gemma_tune.errors import AccessError, UserError
-from gemma_tune.recipe import shipped
+from gemma_tune.recipe import shipped, yaml
 from gemma_tune.recipe.reader import read_recipe, recipe_schema
 from gemma_tune.recipe.shipped import (
     copy_shipped,
@@ -27,7 +28,7 @@ HEADER = """\
 # yaml-language-server: $schema=recipe.schema.json
 # What:     QLoRA of a small model
 #           on quotes
-# Run:      gemma-tune sft recipes/x.yaml
+# Run:      gemma-tune sft recipes/quickstart.yaml
 # Measured: not yet measured
 # A remark.
 #           of two lines
@@ -39,7 +40,7 @@ stage: sft
 def test_header_fields() -> None:
     assert read_header(HEADER) == {
         "what": "QLoRA of a small model on quotes",
-        "run": "gemma-tune sft recipes/x.yaml",
+        "run": "gemma-tune sft recipes/quickstart.yaml",
         "measured": "not yet measured",
     }
     assert read_header("stage: sft\n# What: late\n") == {}
@@ -92,11 +93,47 @@ def test_copies(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    assert copy_shipped("quickstart", folder=folder) == Path("quickstart.yaml")
-    assert (here / "quickstart.yaml").read_text() == HEADER
-    assert copy_shipped("quickstart", "mine.yaml", folder) == Path("mine.yaml")
+    assert copy_shipped("quickstart", folder=folder) == [Path("quickstart.yaml")]
+    assert (here / "quickstart.yaml").read_text() == HEADER.replace("recipes/quickstart", "quickstart")
+    assert copy_shipped("quickstart", "mine.yaml", folder) == [Path("mine.yaml")]
+    assert "Run:      gemma-tune sft mine.yaml\n" in (here / "mine.yaml").read_text()
     (here / "sub").mkdir()
-    assert copy_shipped("quickstart", "sub", folder) == Path("sub/quickstart.yaml")
+    assert copy_shipped("quickstart", "sub", folder) == [Path("sub/quickstart.yaml")]
+    assert copy_shipped("other", "sub/", folder) == [Path("sub/other.yaml")]
+
+
+def test_a_copy_brings_the_function_that_it_names(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "rows.py").write_text("def rows(): ...\n")
+    (folder / "unrelated.py").write_text("")
+    (folder / "own.yaml").write_text('# Run: gemma-tune sft recipes/own.yaml\nname: "recipes/rows.py:rows"\n')
+    here = tmp_path / 'my "new" place'
+    here.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert copy_shipped("own", here.name, folder) == [Path(here.name, "own.yaml"), Path(here.name, "rows.py")]
+    assert sorted(file.name for file in here.iterdir()) == ["own.yaml", "rows.py"]
+    text = (here / "own.yaml").read_text()
+    assert yaml.load(here / "own.yaml").root.value["name"].value == 'my "new" place/rows.py:rows'  # type: ignore[index]
+    assert shlex.split(text.splitlines()[0])[-1] == 'my "new" place/own.yaml'
+    # A second copy shares it; another file of that name is the user's, and then nothing is written.
+    assert copy_shipped("own", here / "second.yaml", folder)[1] == here / "rows.py"
+    (here / "rows.py").write_text("precious")
+    with pytest.raises(UserError, match=r"rows\.py: exists already"):
+        copy_shipped("own", here / "third.yaml", folder)
+    assert (here / "rows.py").read_text() == "precious" and not (here / "third.yaml").exists()
+
+
+@pytest.mark.parametrize("recipe", shipped_recipes(), ids=lambda recipe: recipe.name)
+def test_a_copy_of_any_recipe_needs_no_checkout(
+    recipe: shipped.Shipped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target, *_ = copy_shipped(recipe.name)
+    assert "recipes/" not in target.read_text("utf-8")
+    for source in read_recipe(target).data.sources:
+        file = source.name.partition(":")[0]
+        assert not file.endswith(".py") or Path(file).is_file()
 
 
 def test_an_existing_file_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
@@ -110,6 +147,9 @@ def test_an_existing_file_is_not_overwritten(folder: Path, tmp_path: Path) -> No
 def test_a_missing_target_folder(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"its folder does not exist\n  fix: mkdir -p"):
         copy_shipped("quickstart", tmp_path / "a" / "b.yaml", folder)
+    with pytest.raises(UserError, match=r"there is no such folder\n  fix: mkdir -p"):
+        copy_shipped("quickstart", f"{tmp_path}/a/", folder)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_target_below_a_file(folder: Path) -> None:
