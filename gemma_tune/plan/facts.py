@@ -33,7 +33,7 @@ def model_facts(name: str, revision: str | None = None) -> tuple[Family, Shape]:
         raise UserError(f"no known weights in '{name}'", where="model.name", fix=_known("pypi:"))
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _facts_of(_config_of_folder(folder, name), name)
+        return _facts_of(config_of_folder(folder, name), name)
     if folder.is_file():
         raise UserError(f"'{name}' is a file", where="model.name", fix="give the folder that holds config.json")
     if _looks_like_path(name):
@@ -54,7 +54,7 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _config_of_folder(folder: Path, name: str) -> Mapping[str, Any]:
+def config_of_folder(folder: Path, name: str) -> Mapping[str, Any]:
     """config.json of a local checkpoint.
 
     Raises:
@@ -63,21 +63,22 @@ def _config_of_folder(folder: Path, name: str) -> Mapping[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         if (folder / ADAPTER_FILE).is_file():
-            raise _is_adapter(_parse(folder / ADAPTER_FILE), name)
-        raise UserError("no config.json in this folder", where=name, fix="give the folder of a complete checkpoint")
-    return _parse(file)
+            raise _is_adapter(read_json(folder / ADAPTER_FILE), name)
+        raise UserError("there is no config.json", where=name, fix="give the folder or repository of a complete model")
+    return read_json(file)
 
 
 def _is_adapter(adapter: Mapping[str, Any], name: str) -> UserError:
     base = adapter.get("base_model_name_or_path") or "not recorded"
     return UserError(
-        f"this is an adapter, not a model; its base is {base}",
+        f"this is a LoRA adapter, not a model; its base is {base}",
         where=name,
-        fix=f"set model.name: {base}" if base != "not recorded" else "set model.name to the model it was trained on",
+        fix=f"set model.name: {base if base != 'not recorded' else '(what it was trained on)'}; to talk to the adapter "
+        f"use `gemma-tune chat {name}`",
     )
 
 
-def _parse(file: Path) -> Mapping[str, Any]:
+def read_json(file: Path) -> Mapping[str, Any]:
     """A JSON object from a small file.
 
     Raises:
@@ -88,7 +89,7 @@ def _parse(file: Path) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="fetch the checkpoint again") from error
     if not text.strip():
-        raise UserError("the file is empty", where=str(file), fix="fetch the checkpoint again")
+        raise UserError("the file is empty, not JSON", where=str(file), fix="fetch the checkpoint again")
     if text.startswith("version https://git-lfs"):
         raise UserError("this is a pointer of git-lfs, not the file", where=str(file), fix="run git lfs pull")
     try:
@@ -110,4 +111,4 @@ def _config_of_hub(name: str, revision: str | None) -> Mapping[str, Any]:
     from gemma_tune.plan import hub
 
     folder, _ = hub.download(name, ["config.json", ADAPTER_FILE], revision=revision)
-    return _config_of_folder(folder, name)
+    return config_of_folder(folder, name)

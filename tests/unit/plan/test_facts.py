@@ -59,7 +59,7 @@ def test_a_folder_named_like_a_published_model(no_hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "what"),
     [
-        ({}, "no config.json"),
+        ({}, "there is no config.json"),
         ({"config": ""}, "empty"),
         ({"config": "{broken"}, "not valid JSON"),
         ({"config": "[1]"}, "not a JSON object"),
