@@ -221,7 +221,8 @@ class _Reader:
         if missing:
             self.add(path, node, "is missing", _example(path))
         elif message:
-            self.add(path, node, message)
+            what, _, fix = message.partition("; ")
+            self.add(path, node, what, fix)
         else:
             self.add(path, node, f"needs {describe(options)}, got {shown(node)}", fix_for(path, node, options))
 

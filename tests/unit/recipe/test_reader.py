@@ -277,6 +277,8 @@ def test_wrong_values_say_what_is_wanted_and_what_is_there(extra: str, said: str
         (BASE.replace("{name: google/gemma-3-1b-it}", "google/gemma-3-1b-it"), "fix: write `model: {name: google/gemma-3-1b"),
         (BASE.replace("output: runs/x", "output: ''"), "output: needs text that is not empty, got the text ''"),
         (BASE.replace("output: runs/x", "output:"), "output: needs text that is not empty, got nothing"),
+        (BASE.replace("runs/x", "~nobody-has-this-name/x"), "output: the home folder of ~nobody-has-this-name is not known\n"
+                                                            "  fix: write the whole path"),
         (BASE.replace("}", ", quantization: 4bit}"), "model.quantization: needs one of 'nf4', 'int8' or 'none'"),
         (BASE.replace("}", ", quantization: null}"), "model.quantization: needs one of 'nf4', 'int8' or 'none', got null\n"
                                                       "  fix: write none"),
@@ -285,6 +287,11 @@ def test_wrong_values_say_what_is_wanted_and_what_is_there(extra: str, said: str
 )  # fmt: skip
 def test_required_keys_and_sections(base: str, said: str) -> None:
     assert said in finding(base=base)
+
+
+def test_the_output_folder_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert read_recipe_text(BASE.replace("runs/x", "~/runs/x")).output == "/home/ada/runs/x"
 
 
 def test_all_findings_come_at_once_in_the_order_of_the_file() -> None:
