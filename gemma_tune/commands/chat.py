@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
-from gemma_tune.errors import UserError
-from gemma_tune.gemma.chat import check_conversation, render_prompt
+from gemma_tune.gemma.chat import render_prompt
 from gemma_tune.gemma.conversation import Conversation, Message
 
 if TYPE_CHECKING:
@@ -51,7 +50,8 @@ def _answer_all(
 ) -> None:
     from gemma_tune.train.evaluate import answers
 
-    ids = [_prompt((*_opening(system), Message("user", text)), family, encoder) for text in prompts]
+    asked = [Conversation((*_opening(system), Message("user", text))) for text in prompts]
+    ids = [render_prompt(conversation, family, encoder) for conversation in asked]
     for text, answer in zip(
         prompts, answers(model, tokenizer, family, ids, max_new_tokens=max_new_tokens), strict=True
     ):
@@ -62,13 +62,6 @@ def _answer_all(
 
 def _opening(system: str | None) -> tuple[Message, ...]:
     return (Message("system", system),) if system else ()
-
-
-def _prompt(messages: tuple[Message, ...], family: Family, encoder: GemmaEncoder) -> list[int]:
-    conversation = Conversation(messages)
-    if reason := check_conversation(conversation, family):
-        raise UserError(reason, where="--system" if len(messages) == 2 else "--prompt", fix="ask something else")
-    return list(render_prompt(conversation, family, encoder))
 
 
 def _talk(
@@ -83,7 +76,7 @@ def _talk(
             turns = ()
             continue
         asked = (*turns, Message("user", text))
-        ids = _prompt((*opening, *asked), family, encoder)
+        ids = render_prompt(Conversation((*opening, *asked)), family, encoder)
         answer = _stream(model, tokenizer, family, ids, max_new_tokens)
         turns = (*asked, Message("model", answer))
 

@@ -262,6 +262,12 @@ def test_a_terminal_without_unicode(tmp_path: Path) -> None:
     assert "caf\\xe9.yaml: no such file" in done.stderr
 
 
+def test_typed_bytes_that_are_no_utf8_are_replaced() -> None:
+    code = "import sys; from gemma_tune import cli; cli.main(['--version']); assert input() == 'caf\ufffd'"
+    done = subprocess.run([sys.executable, "-c", code], input=b"caf\xe9\n", capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "seconds"), [(["--help"], 0.3), (["check", "recipes/ultrachat_qlora.yaml", "--machine", "a100"], 0.6)]
 )
