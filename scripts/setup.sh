@@ -14,7 +14,8 @@ if sys.version_info < (3, 11):
 PY
 
 rm -f "$venv/.ready"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# Without pip it is half a venv: Debian leaves one behind where its package python3-venv is missing.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 # torch goes in first and by itself: resolved together with the rest, pip would take the newest build and its CUDA
