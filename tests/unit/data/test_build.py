@@ -14,8 +14,8 @@ from gemma_tune.data.build import Prepared, build
 from gemma_tune.data.policies import Drop
 from gemma_tune.data.tokens import Documents, Fitted, fit
 from gemma_tune.errors import UserError
-from gemma_tune.gemma.chat import Rendered, render
-from gemma_tune.gemma.conversation import Conversation, Message
+from gemma_tune.gemma.chat import Rendered, render, render_document
+from gemma_tune.gemma.conversation import Conversation, Document, Message
 from tests.unit.data.toys import GEMMA1, GEMMA3, GEMMA4, ByteEncoder, chat, decoded, prepare, write_jsonl
 
 REPOSITORY = Path(__file__).parents[3]
@@ -85,19 +85,24 @@ def test_a_first_label_is_never_trained() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(answers=st.lists(st.integers(1, 30), min_size=1, max_size=6), limit=st.integers(16, 250))
-def test_a_cut_row_ends_with_its_turn_end(answers: list[int], limit: int) -> None:
+@given(
+    answers=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    limit=st.integers(16, 250),
+    on_overlong=st.sampled_from(["split", "truncate"]),
+)
+def test_a_cut_row_ends_with_its_turn_end(answers: list[int], limit: int, on_overlong: str) -> None:
     turns = [
         Message("user", "q") if i % 2 == 0 else Message("model", "a" * answers[i // 2]) for i in range(2 * len(answers))
     ]
     whole = render(Conversation(tuple(turns)), GEMMA3, ByteEncoder())
-    cut = fit(whole, limit, "truncate")
+    cut: Any = fit(whole, limit, on_overlong)
     if len(whole.ids) <= limit:
-        assert cut == Fitted(whole.ids, whole.trained)
+        assert cut == [Fitted(whole.ids, whole.trained)]
     elif isinstance(cut, Drop):
         assert cut.reason == "the first trained answer does not fit max_length"
         assert whole.turns[0] > limit
     else:
+        (cut,) = cut
         assert cut.ids == whole.ids[: len(cut.ids)] and len(cut.ids) == len(cut.trained) <= limit
         assert cut.ids[-1] == GEMMA3.turn_end_id and cut.trained[-1] == 1
         later = [turn for turn in whole.turns if len(cut.ids) < turn]
@@ -114,14 +119,64 @@ def test_overlong_rows(tmp_path: Path) -> None:
     assert dropped.report.dropped == {"longer than max_length": 2} and len(documents_of(dropped)) == 1
     with pytest.raises(UserError, match=r"rows.jsonl:1: 4\d\d tokens, above data.max_length 100") as caught:
         prepare(rows, tmp_path, max_length=100, on_overlong="error")
-    assert "data.on_overlong: truncate" in str(caught.value)
+    assert "data.on_overlong: split, truncate or drop" in str(caught.value)
 
 
 def test_a_document_is_cut_anywhere(tmp_path: Path) -> None:
-    prepared = prepare([{"text": "x" * 100}, {"text": "short"}], tmp_path, max_length=50, packing=False, shuffle=False)
-    first, second = (decoded(row["input_ids"]) for row in prepared.train)
+    rows = [{"text": "x" * 100}, {"text": "short"}]
+    settings = {"max_length": 50, "packing": False, "shuffle": False, "on_overlong": "truncate"}
+    first, second = (decoded(row["input_ids"]) for row in prepare(rows, tmp_path, **settings).train)
     assert first == "<bos>" + "x" * 49
     assert second == "<bos>short<eos>"
+
+
+def test_a_long_document_goes_on_in_the_next_row(tmp_path: Path) -> None:
+    text = "".join(map(str, range(100)))  # 190 characters
+    prepared = prepare([{"text": text}, {"text": "short"}], tmp_path, max_length=50, packing=False, shuffle=False)
+    rows = list(prepared.train)
+    assert [decoded(row["input_ids"]) for row in rows] == [
+        f"<bos>{text[:49]}",
+        f"<bos>{text[49:98]}",
+        f"<bos>{text[98:147]}",
+        f"<bos>{text[147:]}<eos>",
+        "<bos>short<eos>",
+    ]
+    assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in rows)
+    assert prepared.report.repaired == {"text split into rows": 1}
+    packed = prepare([{"text": text}, {"text": "short"}], tmp_path, max_length=50)
+    assert sorted(documents_of(packed)) == sorted(decoded(row["input_ids"]) for row in rows)
+    with pytest.raises(UserError, match=r"192 tokens, above data\.max_length 50"):
+        prepare([{"text": text}], tmp_path, max_length=50, on_overlong="error")
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 400), limit=st.integers(16, 60))
+def test_pieces_hold_every_token_once(size: int, limit: int) -> None:
+    whole = render_document(Document("".join(chr(97 + index % 26) for index in range(size))), GEMMA3, ByteEncoder())
+    pieces: Any = fit(whole, limit, "split", document=True)
+    assert [token for piece in pieces for token in piece.ids[1:]] == whole.ids[1:]
+    assert [flag for piece in pieces for flag in piece.trained[1:]] == whole.trained[1:]
+    for piece in pieces:
+        assert piece.ids[0] == GEMMA3.bos_id and piece.ids.count(GEMMA3.bos_id) == 1 and piece.trained[0] == 0
+        assert len(piece.ids) == len(piece.trained) <= limit
+        assert len(piece.ids) > 2, "EOS alone behind BOS would teach that a text may be empty"
+    assert [piece.ids[-1] == GEMMA3.eos_id for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert len(pieces) == -(-(len(whole.ids) - 1) // (limit - 1))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_pieces_of_a_document_are_on_one_side_of_the_holdout(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"text": f"{chr(65 + index)}{index % 10}" * 60} for index in range(20)]  # three pieces each
+    prepared = prepare(rows, tmp_path, max_length=50, packing=False, holdout=7, streaming=streaming)
+    trained, held = (
+        [decoded(row["input_ids"]).removeprefix("<bos>") for row in side]
+        for side in (prepared.train, prepared.held_out)
+    )
+    assert len(held) == (7 if streaming else 6)  # whole texts, unless the stream ends in the middle of one
+    letters = [{text.removesuffix("<eos>")[:2] for text in side} for side in (trained, held)]
+    assert not {frozenset(start) for start in letters[0]} & {frozenset(start) for start in letters[1]}
+    assert len(prepared.held_out_examples) == (3 if streaming else 2), "each text once"
+    assert len(trained) == 60 - 3 * len(prepared.held_out_examples)
 
 
 def test_nothing_trained_is_dropped() -> None:
