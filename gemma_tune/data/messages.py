@@ -48,8 +48,8 @@ def openai_message(item: Row, where: str) -> Message:
     role = _role(item, "role", ROLES, where)
     _refuse_untrainable(item, role, where)
     calls = _tool_calls(item.get("tool_calls"), f"{where}.tool_calls")
-    if not calls and item.get("function_call") is not None:  # OpenAI's first form: one call, without an id
-        calls = _tool_calls([item["function_call"]], f"{where}.function_call")
+    if not calls and (call := without_nulls(item.get("function_call"))):  # OpenAI's first form: one call, without an id
+        calls = _tool_calls([call], f"{where}.function_call")
     content, response = item.get("content"), None
     if role == "tool" and isinstance(content, Mapping):
         # A structured answer: Gemma 4 writes its fields, other readers see JSON.

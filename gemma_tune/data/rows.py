@@ -35,6 +35,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "query", "input", "instruction", "user"),
     "completion": ("response", "answer", "output", "assistant", "target", "reply"),
     "instruction": ("question", "prompt", "query"),
+    "input": ("context",),
     "output": ("response", "answer", "completion"),
     "text": ("content", "document", "body", "sentence"),
     "quote": ("text",),
@@ -72,6 +73,13 @@ def detect_format(columns: Collection[str]) -> str:
     )
 
 
+def _detected(row: Row) -> str:
+    """As `detect_format`. Sets that were joined have the columns of both, of which one row fills only its own."""
+    filled = {name for name, value in row.items() if value is not None}
+    fits = [shape.name for shape in SHAPES.values() if filled.issuperset(shape.required)]
+    return fits[0] if fits else detect_format(row)
+
+
 def normalise(row: Any, format: str = "auto", columns: Mapping[str, str] | None = None) -> Example:
     """One row as an example.
 
@@ -90,7 +98,7 @@ def normalise(row: Any, format: str = "auto", columns: Mapping[str, str] | None 
     row = _renamed(row, columns or {})
     if format != "auto" and format not in SHAPES:
         raise RowError(f"unknown format {format!r}; known: {', '.join(SHAPES)}")
-    shape = SHAPES[detect_format(row) if format == "auto" else format]
+    shape = SHAPES[_detected(row) if format == "auto" else format]
     missing = [column for column in shape.required if column not in row]
     if missing:
         raise RowError(
@@ -184,6 +192,24 @@ def text(row: Row) -> Document:
     return Document(value)
 
 
+@_shape("exchanges", "conversation")
+def exchanges(row: Row) -> Conversation:
+    """`conversation`: a list of `{input, output}`, one exchange each (Capybara)."""
+    turns: list[Message] = [*system_turn(row)]
+    for index, item in enumerate(as_list(row["conversation"], "conversation")):
+        for key, role in (("input", "user"), ("output", "model")):
+            where = f"conversation[{index}]"
+            if not isinstance(item, Mapping) or key not in item:
+                raise RowError(
+                    f"has no {key!r}",
+                    where,
+                    fix="set data.sources.columns: {messages: conversation}, or {conversations: conversation}",
+                    kind=f"exchange without {key!r}",
+                )
+            turns.append(Message(role, as_text(item[key], f"{where}.{key}")))  # type: ignore[arg-type]
+    return Conversation(tuple(turns))
+
+
 def _pair(value: Any, where: str) -> tuple[Any, Any]:
     items = as_list(value, where)
     if len(items) != 2:
@@ -255,8 +281,11 @@ def _suggest_columns(missing: Iterable[str], found: Collection[str]) -> str:
 
 
 def _suggest_rename(found: Collection[str]) -> str:
-    for shape in SHAPES.values():
+    """For the shape of which a column is there already, else for the first that fits."""
+    for shape in sorted(SHAPES.values(), key=lambda shape: not any(column in found for column in shape.required)):
         missing = [column for column in shape.required if column not in found]
+        if shape.name == "alpaca" and "input" not in found and "context" in found:
+            missing.append("input")  # Dolly's; a rename without it would lose the text that is asked about
         suggestion = _suggest_columns(missing, found)
         if suggestion:
             return suggestion

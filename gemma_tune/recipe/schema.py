@@ -85,9 +85,9 @@ class Source(Section):
     name: str = Field(min_length=1)
     """`ultrachat`, `ultrachat_original`, `english_quotes`, a hub id, a file (.jsonl .json .parquet .csv),
     `sample:ultrachat_200k` (rows that come with gemma-tune), or `./mine.py:function`."""
-    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "quotes", "string_list"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "quotes", "string_list", "text", "exchanges"
+    ] = "auto"
     """Shape of a row. `auto` recognises it by its column names."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: our column name -> the column in the file, e.g. `{messages: conversations}`."""

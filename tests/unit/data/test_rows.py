@@ -43,6 +43,24 @@ USER, MODEL = Message("user", "q"), Message("model", "a")
         ),
         ({"id": "0", "data": ["q", "a", "q", "a"]}, (USER, MODEL, USER, MODEL)),
         ({"prompt": "p", "prompt_id": "0", "messages": [{"role": "user", "content": "q"}]}, (USER,)),
+        # SlimOrca: the weights say which turns are trained, and a user's is not.
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s", "weight": None},
+                    {"from": "human", "value": "q", "weight": 0.0},
+                    {"from": "gpt", "value": "a", "weight": 1.0},
+                ]
+            },
+            (Message("system", "s"), USER, MODEL),
+        ),
+        # Capybara
+        (
+            {"source": "x", "conversation": [{"input": "q", "output": "a"}, {"input": "q", "output": "a"}]},
+            (USER, MODEL, USER, MODEL),
+        ),
+        # Sets that were joined: the columns of both, of which a row fills its own.
+        ({"messages": None, "text": None, "instruction": "q", "input": None, "output": "a"}, (USER, MODEL)),
     ],
 )
 def test_shapes_by_their_columns(row: dict[str, Any], expected: tuple[Message, ...]) -> None:
@@ -130,6 +148,43 @@ def test_tool_calls_reasoning_and_tools() -> None:
     assert found.thinking
 
 
+def test_nulls_of_arrow_go_at_every_depth_and_nulls_of_json_text_stay() -> None:
+    calls = [
+        {"function": {"name": "f", "arguments": {"a": {"b": 1, "of another row": None}, "c": [{"d": None, "e": 2}]}}},
+        {"function": {"name": "f", "arguments": '{"a": {"b": null}}'}},
+    ]
+    found = normalise({"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]})
+    assert isinstance(found, Conversation)
+    (message,) = found.messages
+    assert [call.arguments for call in message.tool_calls] == [{"a": {"b": 1}, "c": [{"e": 2}]}, {"a": {"b": None}}]
+
+
+def test_the_first_form_of_openai_calls() -> None:
+    row = {
+        "messages": [
+            {"role": "user", "content": "q", "function_call": None},
+            {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+            {"role": "function", "name": "f", "content": "2", "function_call": {"name": None, "arguments": None}},
+        ]
+    }
+    assert normalise(row) == Conversation(
+        (USER, Message("model", "", tool_calls=(ToolCall("f", {"x": 1}),)), Message("tool", "2", name="f"))
+    )
+
+
+def test_sharegpt_calls() -> None:
+    one, two = {"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}
+    for value, expected in ((one, ("f",)), ([one, two], ("f", "g"))):
+        found = normalise({"conversations": [{"from": "function_call", "value": json.dumps(value)}]})
+        assert isinstance(found, Conversation)
+        assert tuple(call.name for call in found.messages[0].tool_calls) == expected
+
+
+def test_reasoning_under_any_of_its_names() -> None:
+    message = {"role": "assistant", "content": "a", "reasoning": "", "reasoning_content": "r", "thinking": None}
+    assert normalise({"messages": [message]}) == Conversation((Message("model", "a", thinking="r"),))
+
+
 def test_tools_may_be_json_text() -> None:
     found = normalise({"messages": [{"role": "user", "content": "q"}], "tools": '[{"name": "f"}]'})
     assert isinstance(found, Conversation)
@@ -178,7 +233,8 @@ def _message(**message: Any) -> dict[str, Any]:
         ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0].from unknown role 'alien'", "rename"),
         ({"conversations": [{"from": "human"}]}, "conversations[0] has no 'value'", ""),
         (_message(role="user", content="a\ud800"), "messages[0].content holds a lone surrogate (U+D800)", "drop"),
-        (_message(role="assistant", content="x", weight=0), "not to be trained", "last_model_turn"),
+        (_message(role="assistant", content="x", weight=0), "not to be trained", "remove the mark"),
+        (_message(role="assistant", content="x", train=False), "not to be trained", "remove the mark"),
         (_message(role="assistant", content="x", tool_responses=[1]), "'tool_responses'", "role 'tool'"),
         (
             _message(role="assistant", content="x", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
@@ -208,6 +264,12 @@ def _message(**message: Any) -> dict[str, Any]:
             "{prompt: question, completion: answer}",
         ),
         ({"message": []}, "fit no known shape", "{messages: message}"),
+        (
+            {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+            "fit no known shape",
+            "{output: response, input: context}",
+        ),
+        ({"conversation": [{"role": "user", "content": "q"}]}, "has no 'input'", "{messages: conversation}"),
         ({"messages": [{"role": "user", "content": "q"}], "tools": [3]}, "tools[0] is a number", ""),
         ({"messages": [{"role": "user", "content": "q"}], "enable_thinking": "yes"}, "not true or false", ""),
     ],
