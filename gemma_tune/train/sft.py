@@ -256,7 +256,8 @@ class Run:
             trainer.state.global_step = self.resumed.step
             trainer.count()
         done = trainer.state.global_step
-        if done < steps and (self.signals.requested or rhythm.stopping):
+        # Also after the last step: the final figures could not be taken while a stop is asked for.
+        if agreement(trainer)(self.signals.requested is not None) or rhythm.stopping:
             raise Stopped(
                 f"stopped by {self.signals.requested or 'a signal'} after step {done:,}; a checkpoint is saved",
                 where=str(self.folder.path),

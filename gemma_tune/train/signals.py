@@ -47,8 +47,14 @@ class Signals:
         self._armed = True
 
     def disarm(self) -> None:
-        """The last checkpoint is written: a further signal has nothing to wait for."""
+        """The last checkpoint is written: a signal has nothing to wait for any more, nor has one that came before.
+
+        Raises:
+            Stopped: a signal came.
+        """
         self._armed = False
+        if self.requested:
+            raise self._stopped(self.requested)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -56,4 +62,8 @@ class Signals:
             raise Aborted("stopped by a second Ctrl-C", fix="--resume auto continues from the last checkpoint")
         self.requested = self.requested or name
         if not self._armed:
-            raise Stopped(f"stopped by {name}", fix="run the same command again")
+            raise self._stopped(name)
+
+    def _stopped(self, name: str) -> Stopped:
+        # Without --resume the command would be refused where the run folder exists already; with it both cases work.
+        return Stopped(f"stopped by {name}", fix="the same command with --resume auto starts or continues the run")

@@ -79,7 +79,9 @@ def test_a_signal_during_an_evaluation_cuts_it_short_and_saves(recipe: Path, mon
     assert main(["sft", str(recipe), "--resume", "auto"]) == 0
 
 
-def test_a_signal_during_the_first_samples_leaves_at_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_the_first_samples_leaves_at_once(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from gemma_tune.train import sft
     from gemma_tune.train.sft_trainer import SftTrainer
 
@@ -88,6 +90,7 @@ def test_a_signal_during_the_first_samples_leaves_at_once(recipe: Path, monkeypa
     before(monkeypatch, SftTrainer, "training_step", lambda *_: trained.append(1))
     assert main(["sft", str(recipe)]) == 75
     assert trained == []
+    assert "--resume auto" in capsys.readouterr().err, "without it the folder would be refused"
     assert document(recipe.parent / "run" / "run.json")["status"] == "stopped"
     monkeypatch.undo()
     assert main(["sft", str(recipe), "--resume", "auto"]) == 0
@@ -99,6 +102,30 @@ def test_a_signal_before_the_model_is_ready_leaves_no_folder(recipe: Path, monke
     before(monkeypatch, sft, "load_base", send(signal.SIGTERM))
     assert main(["sft", str(recipe)]) == 75
     assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["training_step", "_save_checkpoint", "count"])
+def test_a_signal_in_the_last_step_does_not_pass_the_bases_figures_off_as_the_results(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    from gemma_tune.train.sft_trainer import SftTrainer
+
+    last, run = send(signal.SIGTERM), recipe.parent / "run"
+    before(
+        monkeypatch, SftTrainer, where, lambda trainer, *_: last() if trainer.state.global_step >= LATE[where] else None
+    )
+    assert main(["sft", str(recipe), "evaluation.every=100"]) == 75
+    record = document(run / "run.json")
+    assert record["status"] == "stopped" and "tuned" not in record["results"]
+    assert checkpoint.newest(run).found.step == 8  # type: ignore[union-attr]
+    monkeypatch.undo()
+    assert main(["sft", str(recipe), "evaluation.every=100", "--resume", "auto"]) == 0
+    results = document(run / "run.json")["results"]
+    assert results["tuned"]["loss"] < results["base"]["loss"] and results["tuned"]["answers"] > 0
+
+
+LATE = {"training_step": 7, "_save_checkpoint": 8, "count": 8}
+"""Method -> optimizer steps that are done when the last step reaches it."""
 
 
 def test_a_second_ctrl_c_leaves_with_130(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

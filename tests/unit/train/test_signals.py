@@ -40,6 +40,14 @@ def test_disarmed_again_it_leaves_at_once() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_signal_that_nobody_saw_is_raised_when_disarmed() -> None:
+    with pytest.raises(Stopped, match="SIGTERM") as error, Signals() as signals:
+        signals.arm()
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.disarm()
+    assert "--resume auto" in error.value.problems[0].fix
+
+
 def test_handlers_come_back_and_ignored_signals_stay_ignored() -> None:
     own = signal.getsignal(signal.SIGTERM)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
