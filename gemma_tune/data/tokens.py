@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,8 +17,8 @@ from gemma_tune.data.pack import pack
 from gemma_tune.data.policies import Drop, Policies
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.chat import Encoder, Rendered, TrainOn, render_many
-from gemma_tune.gemma.conversation import Document, Example
-from gemma_tune.gemma.families import FAMILIES, Family
+from gemma_tune.gemma.conversation import Document
+from gemma_tune.gemma.families import Family
 
 IGNORED = -100
 """Label of a token that carries no loss (torch's cross entropy)."""
@@ -122,29 +121,18 @@ def _render(
         for chunk in chunks:
             yield chunk, render_many([one.example for one in chunk], family, encoder, train_on)
         return
-    # Not forked: a fork of a process that has used the tokenizer's or torch's threads can hang.
-    context = multiprocessing.get_context("spawn")
-    setup = (family.name, encoder, train_on)
-    with ProcessPoolExecutor(workers, context, _start_worker, setup) as pool:
+    # Threads: the encoder works outside of Python's lock, on all cores. A copy of it in another process would lose the
+    # flag that keeps control tokens out of reach of text: `tokenizers` does not pickle it.
+    with ThreadPoolExecutor(workers) as pool:
         waiting: deque[tuple[list[Kept], Future[list[Rendered]]]] = deque()
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(_work, [one.example for one in chunk])))
+            job = pool.submit(render_many, [one.example for one in chunk], family, encoder, train_on)
+            waiting.append((chunk, job))
             if len(waiting) > 2 * workers:
                 first, result = waiting.popleft()
                 yield first, result.result()
         for first, result in waiting:
             yield first, result.result()
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(family: str, encoder: Encoder, train_on: TrainOn) -> None:
-    _worker.update(family=FAMILIES[family], encoder=encoder, train_on=train_on)
-
-
-def _work(examples: list[Example]) -> list[Rendered]:
-    return render_many(examples, **_worker)
 
 
 class Documents:

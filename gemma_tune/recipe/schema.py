@@ -136,7 +136,7 @@ class Data(Section):
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that cannot be read as its format says: stop at the first, or drop and count."""
     workers: Count = 1
-    """Processes that tokenise."""
+    """Threads that tokenise, beside those that the tokenizer itself has."""
 
 
 class Optim(Section):
