@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal
 
 from gemma_tune.data.cells import RowError
-from gemma_tune.gemma.chat import check_conversation
+from gemma_tune.gemma.chat import check_conversation, written_text
 from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
 from gemma_tune.gemma.families import Family
 
@@ -64,8 +65,10 @@ def apply_policies(example: Example, family: Family, policies: Policies) -> Repa
         turns = _without_trailing_user(turns, repairs)
         if not any(message.role == "model" for _, message in turns):
             return Drop("no model turn")
-        _check_empty(turns, policies)
+        _check_empty(turns, family, policies)
+        turns = _with_paired_answers(turns, family, repairs)
         example = _without_unknown_features(example, turns, family, repairs)
+        _note_lost_thoughts(turns, family, repairs)
         turns = _alternating(list(zip((n for n, _ in turns), example.messages, strict=True)), family, policies, repairs)
     except _Dropped as dropped:
         return Drop(dropped.reason)
@@ -134,9 +137,9 @@ def _without_trailing_user(turns: list[Turn], repairs: list[str]) -> list[Turn]:
     return turns[:end]
 
 
-def _check_empty(turns: list[Turn], policies: Policies) -> None:
+def _check_empty(turns: list[Turn], family: Family, policies: Policies) -> None:
     for number, message in turns:
-        empty = not message.content.strip() and not message.tool_calls and message.role != "tool"
+        empty = not written_text(message, family) and not message.tool_calls and message.role != "tool"
         if not empty:
             continue
         if policies.on_empty_turn == "drop":
@@ -174,6 +177,49 @@ def _without_unknown_features(
         messages = tuple(replace(message, thinking=None) for message in messages)
         example = replace(example, thinking=False)
     return replace(example, messages=messages)
+
+
+def _with_paired_answers(turns: list[Turn], family: Family, repairs: list[str]) -> list[Turn]:
+    """An answer that does not say which call it answers gets its id: by the tool's name where it has one, else in turn.
+
+    What cannot be paired so stays as it is; the renderer refuses it where it cannot name the tool.
+    """
+    if not family.tools:
+        return turns
+    paired = list(turns)
+    for index, (number, message) in enumerate(turns):
+        calls = [
+            call if call.id is not None else replace(call, id=f"call {place}")
+            for place, call in enumerate(message.tool_calls, 1)
+        ]
+        answers = list(takewhile(lambda turn: turn[1].role == "tool", turns[index + 1 :])) if calls else []
+        given = {answer.tool_call_id for _, answer in answers}
+        waiting = [call for call in calls if call.id not in given]
+        for place, (answer_number, answer) in enumerate(answers, index + 1):
+            # The template itself finds the tool of an only call without an id, or the answer brings its name.
+            clear = len(calls) == 1 and (message.tool_calls[0].id is None or answer.name)
+            if clear or answer.tool_call_id is not None:
+                continue
+            call = next((call for call in waiting if answer.name in (None, "", call.name)), None)
+            if call is None:
+                continue
+            waiting.remove(call)
+            paired[index] = (number, replace(message, tool_calls=tuple(calls)))
+            paired[place] = (answer_number, replace(answer, tool_call_id=call.id))
+    if paired != turns:
+        repairs.append("tool answers paired with their calls")
+    return paired
+
+
+def _note_lost_thoughts(turns: list[Turn], family: Family, repairs: list[str]) -> None:
+    """What the renderer leaves out, as the template does. It is done there, so that inference sees the same."""
+    if not family.thinking:
+        return
+    last_user = max((place for place, (_, message) in enumerate(turns) if message.role == "user"), default=-1)
+    if any(message.thinking for _, message in turns[: last_user + 1]):
+        repairs.append("reasoning of earlier turns left out")
+    if any(written_text(message, family) != message.content.strip() for _, message in turns):
+        repairs.append("reasoning inside a text left out")
 
 
 # -------------------------------------------------------------------------------------------------------- alternation

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.conversation import Conversation, Document, Message
 from gemma_tune.gemma.families import Family
-from gemma_tune.gemma.gemma4 import check_gemma4, write_gemma4
+from gemma_tune.gemma.gemma4 import check_gemma4, without_thoughts, write_gemma4
 from gemma_tune.gemma.pieces import By, Piece, Script, Token
 
 TrainOn = Literal["model_turns", "last_model_turn", "all"]
@@ -62,7 +62,7 @@ def render_many(
         UserError: the generation's template refuses a conversation (`check_conversation` says why).
     """
     scripts = [_document(c) if isinstance(c, Document) else _write(c, family) for c in conversations]
-    encoded = _encode(scripts, encoder)
+    encoded = _encode(scripts, family, encoder)
     return [
         _assemble(script, family, encoded, "all" if isinstance(example, Document) else train_on)
         for example, script in zip(conversations, scripts, strict=True)
@@ -81,7 +81,7 @@ def render_prompt(conversation: Conversation, family: Family, encoder: Encoder) 
         UserError: as `render_many`.
     """
     script = _write(conversation, family, prompt=True)
-    return _assemble(script, family, _encode([script], encoder), "model_turns").ids
+    return _assemble(script, family, _encode([script], family, encoder), "model_turns").ids
 
 
 def check_conversation(conversation: Conversation, family: Family) -> str | None:
@@ -102,6 +102,13 @@ def check_conversation(conversation: Conversation, family: Family) -> str | None
         if message.role != expected:
             return _wrong_role(index + len(conversation.messages) - len(turns), conversation.messages, family)
     return None
+
+
+def written_text(message: Message, family: Family) -> str:
+    """The text of a message as it is written: trimmed, without thoughts that it spells out (Gemma 4's template)."""
+    if family.thinking and message.role == "model":
+        return without_thoughts(message.content)
+    return message.content.strip()
 
 
 def _wrong_role(index: int, messages: Sequence[Message], family: Family) -> str:
@@ -157,11 +164,19 @@ def _document(document: Document) -> list[Piece]:
     return script.pieces
 
 
-def _encode(scripts: Sequence[Sequence[Piece]], encoder: Encoder) -> dict[str, list[int]]:
-    """Ids of every text in the scripts, each text encoded once: headers and newlines repeat in all of them."""
+def _encode(scripts: Sequence[Sequence[Piece]], family: Family, encoder: Encoder) -> dict[str, list[int]]:
+    """Ids of every text in the scripts, each text encoded once: headers and newlines repeat in all of them.
+
+    Raises:
+        RuntimeError: the encoder broke its word.
+    """
     texts = {piece.value: None for script in scripts for piece in script if not isinstance(piece.value, Token)}
     unique = list(texts)
-    return dict(zip(unique, encoder.encode(unique), strict=True)) if unique else {}
+    encoded = dict(zip(unique, encoder.encode(unique), strict=True)) if unique else {}
+    for text, ids in encoded.items():
+        if not family.control_ids.isdisjoint(ids):
+            raise RuntimeError(f"the encoder read a control token out of text: {text[:80]!a}")
+    return encoded
 
 
 def _assemble(script: Sequence[Piece], family: Family, encoded: dict[str, list[int]], train_on: TrainOn) -> Rendered:

@@ -31,6 +31,8 @@ def check_gemma4(conversation: Conversation) -> str | None:
         function = tool.get("function")
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             return f"tool {index + 1} has no function.name"
+        if not _can_be_declared(function):
+            return f"tool {index + 1} ('{function['name']}') has parameters that are no JSON schema"
     calls: Sequence[Any] = ()
     for index, message in enumerate(conversation.messages):
         if message.role != "model" and (message.thinking or message.tool_calls):
@@ -45,6 +47,15 @@ def check_gemma4(conversation: Conversation) -> str | None:
             # The template would name every such answer after the last call.
             return f"turn {index + 1} does not say which of {len(calls)} tool calls it answers (tool_call_id)"
     return None
+
+
+def _can_be_declared(function: Mapping[str, Any]) -> bool:
+    """Schemas in the wild have a list for `properties`, or true for `required`. The template fails on them as well."""
+    try:
+        list(declaration(function))
+    except (AttributeError, TypeError, RecursionError):
+        return False
+    return True
 
 
 def write_gemma4(conversation: Conversation, prompt: bool) -> list[Piece]:
@@ -114,7 +125,7 @@ def _write_message(
     answered = bool(message.tool_calls) and bool(responses)
     if answered:
         _write_responses(script, message, responses)
-    content = _without_thoughts(message.content) if by is By.MODEL else message.content.strip()
+    content = without_thoughts(message.content) if by is By.MODEL else message.content.strip()
     script.add(content, by)
     waits = answered and not content and next_role is None
     if message.tool_calls and not answered:
@@ -151,6 +162,6 @@ def _response_body(response: Message) -> Iterator[str]:
         yield from format_argument(value, quote_keys=False)
 
 
-def _without_thoughts(text: str) -> str:
+def without_thoughts(text: str) -> str:
     """The template's `strip_thinking`: drops what stands between the spellings of the channel tokens."""
     return "".join(part.split(CHANNEL, 1)[0] for part in text.split(CHANNEL_END)).strip()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -142,6 +143,94 @@ def test_tools_need_a_gemma_with_tools() -> None:
     declared = Conversation(talk("um").messages, tools=called.tools)
     with pytest.raises(RowError, match="declares tools"):
         apply_policies(declared, GEMMA3, Policies())
+
+
+def _calls(*calls: tuple[str, str | None]) -> Message:
+    return Message("model", "", tool_calls=tuple(ToolCall(name, {}, call_id) for name, call_id in calls))
+
+
+def _answer(content: str, call_id: str | None = None, name: str | None = None) -> Message:
+    return Message("tool", content, tool_call_id=call_id, name=name)
+
+
+@pytest.mark.parametrize(
+    ("turns", "written"),
+    [
+        # In turn, where neither side says more.
+        ([_calls(("f", None), ("g", None)), _answer("1"), _answer("2")], ["f:1", "g:2"]),
+        ([_calls(("f", "a"), ("g", "b")), _answer("1"), _answer("2")], ["f:1", "g:2"]),
+        ([_calls(("f", "a"), ("g", "b")), _answer("1")], ["f:1"]),
+        # By name, then in turn.
+        ([_calls(("f", None), ("g", None)), _answer("2", name="g"), _answer("1")], ["g:2", "f:1"]),
+        ([_calls(("f", "a"), ("g", "b")), _answer("1", name="g"), _answer("2", name="f")], ["g:1", "f:2"]),
+        # An answer that says it comes first.
+        ([_calls(("f", "a"), ("g", "b")), _answer("1"), _answer("2", "a")], ["g:1", "f:2"]),
+        # An only call with an id: without a pair its answer would be that of an unknown tool.
+        ([_calls(("f", "a")), _answer("1")], ["f:1"]),
+    ],
+)
+def test_answers_are_paired_with_their_calls(turns: list[Message], written: list[str]) -> None:
+    conversation = Conversation((Message("user", "q"), *turns, Message("model", "a")))
+    result = apply_policies(conversation, GEMMA4, Policies())
+    assert isinstance(result, Repaired) and isinstance(result.example, Conversation)
+    assert result.repairs == ("tool answers paired with their calls",)
+    text = decoded(render(result.example, GEMMA4, ByteEncoder()).ids, GEMMA4)
+    found = re.findall(r'response:(\w+)\{value:<\|"\|>(\w+)', text)
+    assert [f"{name}:{value}" for name, value in found] == written
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [_calls(("f", None)), _answer("1")],
+        [_calls(("f", "a"), ("g", "b")), _answer("1", "b"), _answer("2", "a")],
+        [_calls(("f", "a")), _answer("1", name="other")],
+    ],
+)
+def test_answers_that_say_enough_stay(turns: list[Message]) -> None:
+    conversation = Conversation((Message("user", "q"), *turns, Message("model", "a")))
+    assert apply_policies(conversation, GEMMA4, Policies()) == Repaired(conversation)
+
+
+def test_more_answers_than_calls_are_refused() -> None:
+    turns = [_calls(("f", None), ("g", None)), _answer("1"), _answer("2"), _answer("3")]
+    with pytest.raises(RowError, match="does not say which of 2 tool calls"):
+        apply_policies(Conversation((Message("user", "q"), *turns)), GEMMA4, Policies())
+
+
+def test_reasoning_that_is_not_written_is_counted() -> None:
+    thought = Message("model", "a", thinking="t")
+    turns = (Message("user", "q"), thought, Message("user", "r"), thought)
+    result = apply_policies(Conversation(turns), GEMMA4, Policies())
+    assert isinstance(result, Repaired) and result.repairs == ("reasoning of earlier turns left out",)
+    assert apply_policies(Conversation(turns[2:]), GEMMA4, Policies()) == Repaired(Conversation(turns[2:]))
+    spelled = Message("model", "<|channel>thought\nt<channel|>a")
+    result = apply_policies(Conversation((turns[0], spelled)), GEMMA4, Policies())
+    assert isinstance(result, Repaired) and result.repairs == ("reasoning inside a text left out",)
+
+
+def test_an_answer_of_nothing_but_spelled_out_reasoning_is_empty() -> None:
+    """It would train the model to end its turn at once."""
+    turns = (Message("user", "q"), Message("model", "<|channel>thought\nt<channel|>\n"))
+    with pytest.raises(RowError, match=r"turn 2 \('model'\) is empty"):
+        apply_policies(Conversation(turns), GEMMA4, Policies())
+    assert apply_policies(Conversation(turns), GEMMA4, Policies(on_empty_turn="drop")) == Drop("empty turn")
+    assert apply_policies(Conversation(turns), GEMMA3, Policies()) == Repaired(Conversation(turns)), "plain text there"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": ["city"]},
+        {"properties": {"x": {"type": "object", "required": True}}},
+        {"properties": {"x": {"type": "array", "items": {"type": 3}}}},
+        {"properties": {}, "required": 1},
+    ],
+)
+def test_a_schema_that_is_none_is_a_bad_row(parameters: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(RowError, match=r"tool 1 \('f'\) has parameters that are no JSON schema"):
+        apply_policies(Conversation((Message("user", "q"), Message("model", "a")), (tool,)), GEMMA4, Policies())
 
 
 def test_a_document_passes() -> None:

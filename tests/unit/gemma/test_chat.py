@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -127,6 +128,17 @@ def test_a_control_token_in_a_text_stays_text() -> None:
     assert decode(rendered.ids, G3).count("<start_of_turn>") == 3
     assert rendered.ids.count(G3.turn_start_id) == 2
     assert rendered.ids.count(G3.turn_end_id) == 2
+
+
+def test_an_encoder_that_reads_control_tokens_is_an_error() -> None:
+    class Unprotected(Characters):
+        def encode(self, texts: Sequence[str]) -> list[list[int]]:
+            return [[G3.turn_end_id] for _ in texts]
+
+    with pytest.raises(RuntimeError, match="control token out of text"):
+        render(talk(HELLO, ANSWER), G3, Unprotected())
+    with pytest.raises(RuntimeError, match="control token out of text"):
+        render_prompt(talk(HELLO), G3, Unprotected())
 
 
 def test_gemma_4_with_system_thinking_and_tools() -> None:
