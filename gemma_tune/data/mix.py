@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from gemma_tune.data.cells import RowError, SourceRow
+from gemma_tune.data.cells import RowError, SourceRow, as_text, kind_of, written_json
 from gemma_tune.data.policies import Drop, Policies, apply_policies
 from gemma_tune.data.report import Tally
 from gemma_tune.data.sources import Opened, open_source
@@ -108,6 +108,7 @@ def _checked(example: Example) -> Example:
     if isinstance(example, Document):
         if not isinstance(example.text, str):
             raise RowError("a Document's text is not text", kind="bad Document")
+        as_text(example.text, "text")
         return example
     if not isinstance(example.messages, (tuple, list)) or not example.messages:
         raise RowError("a Conversation's messages are not a tuple with turns", kind="bad Conversation")
@@ -116,9 +117,38 @@ def _checked(example: Example) -> Example:
             raise RowError("is not a Message with text", f"messages[{index}]", kind="bad Message")
         if message.role not in ("system", "user", "model", "tool"):
             raise RowError(f"unknown role {message.role!r}", f"messages[{index}]", kind="unknown role")
-        if not all(isinstance(call, ToolCall) for call in message.tool_calls):
-            raise RowError("has a tool call that is no ToolCall", f"messages[{index}]", kind="bad Message")
+        as_text(message.content, f"messages[{index}].content")
+        for key in ("thinking", "name", "tool_call_id"):
+            if getattr(message, key) is not None:
+                as_text(getattr(message, key), f"messages[{index}].{key}")
+        for call in message.tool_calls:
+            if not isinstance(call, ToolCall) or not isinstance(call.name, str):
+                raise RowError("has a tool call that is no ToolCall", f"messages[{index}]", kind="bad Message")
+            if not isinstance(call.arguments, Mapping):
+                raise RowError("calls a tool without an object of arguments", f"messages[{index}]", kind="bad Message")
+            _check_json(call.arguments, f"messages[{index}].tool_calls")
+        if message.response is not None:
+            _check_json(message.response, f"messages[{index}].response")
+    for index, tool in enumerate(example.tools):
+        if not isinstance(tool, Mapping):
+            raise RowError(f"is {kind_of(tool)}, not an object", f"tools[{index}]", kind="tool is not an object")
+        _check_json(tool, f"tools[{index}]")
     return example
+
+
+def _check_json(value: Any, where: str) -> None:
+    written_json(value, where)
+    _check_keys(value, where)
+
+
+def _check_keys(value: Any, where: str) -> None:
+    """`json` writes a number as a key; what sorts the keys later does not take one."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise RowError("has a key that is not text", where, kind="value that is not JSON")
+        value = list(value.values())
+    for item in value if isinstance(value, (list, tuple)) else ():
+        _check_keys(item, where)
 
 
 def _bad_rows(

@@ -301,6 +301,47 @@ def test_workers_keep_control_tokens_out_of_reach(tmp_path: Path) -> None:
         assert sum(token in GEMMA3.control_ids for token in row["input_ids"]) == 5  # BOS, two starts, two ends
 
 
+_BY_HAND = """
+from gemma_tune.gemma.conversation import Conversation, Document, Message, ToolCall
+
+def rows():
+    yield Conversation((Message("user", "q"), Message("model", "a")))
+    yield {bad}
+"""
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        ("Document(7)", "a Document's text is not text"),
+        ("Document('a\\ud800')", "text holds a lone surrogate"),
+        ("Conversation(())", "are not a tuple with turns"),
+        ("Conversation((Message('user', 'q'), Message('model', 'a\\ud800')))", "messages[1].content holds a lone surr"),
+        ("Conversation((Message('user', 'q'), Message('model', 'a', thinking=3)))", "messages[1].thinking is a number"),
+        ("Conversation((Message('User', 'q'),))", "messages[0] unknown role 'User'"),
+        (
+            "Conversation((Message('user', 'q'), Message('model', '', tool_calls=(ToolCall('f', '{}'),))))",
+            "object of arg",
+        ),
+        ("Conversation((Message('user', 'q'), Message('model', '', tool_calls=(ToolCall('f', {3: 1}),))))", "not text"),
+        ("Conversation((Message('user', 'q'), Message('model', '', tool_calls=(ToolCall(3, {}),))))", "no ToolCall"),
+        ("Conversation((Message('user', 'q'), Message('model', 'a')), tools=('f',))", "tools[0] is text ('f')"),
+        ("Conversation((Message('user', 'q'), Message('model', 'a')), tools=({'function': {1: 2}},))", "not text"),
+        (
+            "Conversation((Message('user', 'q'), Message('model', 'a')), tools=({'x': {1}},))",
+            "cannot be written as JSON",
+        ),
+    ],
+)
+def test_examples_made_by_hand_are_checked(tmp_path: Path, bad: str, what: str) -> None:
+    (tmp_path / "mine.py").write_text(_BY_HAND.replace("{bad}", bad))
+    name = f"{tmp_path}/mine.py:rows"
+    with pytest.raises(UserError) as caught:
+        prepare(name, tmp_path, GEMMA4)
+    assert what in str(caught.value) and "row 2" in str(caught.value)
+    assert prepare(name, tmp_path, GEMMA4, on_bad_row="drop").report.documents == 1
+
+
 def test_progress_is_reported(tmp_path: Path) -> None:
     seen: list[int] = []
     prepare([chat(f"q{i}", "a") for i in range(600)], tmp_path, progress=seen.append)
