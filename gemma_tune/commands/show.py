@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
 from gemma_tune.gemma.chat import render_prompt
-from gemma_tune.gemma.conversation import Conversation, Document, Example
+from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.recipe.reader import read_recipe
 from gemma_tune.recipe.schema import Recipe
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SAMPLE = 1000
 """Rows of each source that are read for the picture and its report: enough to see, quick to wait for."""
+HELD_OUT = 100
+"""At most so many of them are held out, so that a holdout of thousands does not leave the picture empty."""
 
 
 def run(recipe: str, overrides: list[str], rows: int, as_json: bool) -> int:
@@ -97,11 +99,21 @@ def prompt_ids(example: Example, family: Family, encoder: Encoder, train_on: str
     """What the model is given at inference, to answer the first trained turn. A document starts from nothing."""
     if isinstance(example, Document):
         return [family.bos_id]
-    turns = [index for index, message in enumerate(example.messages) if message.role == "model"]
-    before = example.messages[: turns[-1] if train_on == "last_model_turn" else turns[0]]
+    place = _first_trained(example.messages, last=train_on == "last_model_turn")
+    before = example.messages[:place]
     if not before:
         return [family.bos_id]
     return render_prompt(replace(example, messages=before), family, encoder)
+
+
+def _first_trained(messages: Sequence[Message], last: bool) -> int:
+    """Where the first (or the last) turn of the model begins. Calls, their answers and what follows are one turn."""
+    begins = [
+        index
+        for index, message in enumerate(messages)
+        if message.role == "model" and (not index or messages[index - 1].role not in ("model", "tool"))
+    ]
+    return begins[-1 if last else 0]
 
 
 # ------------------------------------------------------------------------------------------------------- for people
@@ -113,7 +125,10 @@ def _show(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any, rows
     data = recipe.data.model_dump()
     sources = [source.model_dump() for source in recipe.data.sources]
     sampled = [source | {"limit": min(source["limit"] or SAMPLE, SAMPLE)} for source in sources]
-    prepared = build(family, encoder, **(data | {"sources": sampled, "workers": 1}), seed=recipe.seed)
+    # A number is one of all rows, not of those that are read here.
+    holdout = min(data["holdout"], HELD_OUT) if data["holdout"] >= 1 else data["holdout"]
+    changed = {"sources": sampled, "holdout": holdout, "workers": 1}
+    prepared = build(family, encoder, **(data | changed), seed=recipe.seed)
     marks = not console.stdout().is_terminal or console.stdout().no_color
     console.out(_legend(marks))
     for number, row in enumerate(islice(prepared.train, rows), 1):
@@ -121,7 +136,8 @@ def _show(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any, rows
         console.stdout().print(picture(row, family, tokenizer, marks), soft_wrap=True)
     example = next(iter(prepared.held_out_examples), None)
     if isinstance(example, Conversation):
-        text = tokenizer.decode(prompt_ids(example, family, encoder), skip_special_tokens=False)
+        ids = prompt_ids(example, family, encoder, recipe.data.train_on)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
         console.out("\nthe prompt at inference, for the first held-out row:")
         console.out(console.escaped(text))
     console.out(f"\nthe data (at most {SAMPLE:,} rows of each source were read):")

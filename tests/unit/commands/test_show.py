@@ -79,6 +79,43 @@ def test_the_prompt_before_the_trained_turn(run: Callable[..., Shown]) -> None:
     assert row["prompt_ids"] == [2] and row["trained"] == [0] + [1] * (len(row["ids"]) - 1)
 
 
+def test_the_prompt_before_a_turn_with_tool_calls(run: Callable[..., Shown]) -> None:
+    """The call, its answer and what the model makes of it are one turn: the prompt ends before the call."""
+    call = {"id": "1", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        *ROWS[1]["messages"],
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+        {"role": "assistant", "content": "done"},
+    ]
+    (row,) = run([{"messages": messages}], "data.train_on=last_model_turn", family="gemma4").rows
+    assert row["ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
+    assert row["trained"].index(1) == len(row["prompt_ids"])
+
+
+def test_a_large_holdout_leaves_something_to_show(run: Callable[..., Shown], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show, "SAMPLE", 20)
+    monkeypatch.setattr(show, "HELD_OUT", 2)
+    rows = [chat(f"q{index}", "a") for index in range(50)]
+    assert "2 held out" in run(rows, "data.holdout=30", as_json=False).out
+
+
+def test_the_prompt_for_people_is_that_of_the_trained_turn(run: Callable[..., Shown]) -> None:
+    rows = [chat("q", "first", "r", "second"), chat("s", "third", "t", "fourth")]
+    out = run(rows, "data.holdout=1", "data.train_on=last_model_turn", as_json=False).out
+    prompt = out.split("for the first held-out row:")[1]
+    assert prompt.count("<start_of_turn>model") == 2
+
+
+def test_the_pieces_of_a_text(run: Callable[..., Shown]) -> None:
+    rows = run([{"text": "word " * 600}], count=99).rows
+    assert len(rows) > 2 and all(row["ids"][0] == 2 for row in rows)
+    assert all(len(row["ids"]) == 256 for row in rows[:-1])
+    assert [row["ids"][-1] == 1 for row in rows] == [False] * (len(rows) - 1) + [True]
+    assert all(row["prompt_ids"] == [2] for row in rows)
+
+
 def test_cut_and_dropped_rows_are_as_in_training(run: Callable[..., Shown]) -> None:
     rows = run([chat("q", "a", "r", "word " * 400), chat("q2", "word " * 400), chat("s", "t")]).rows
     assert [row["where"].rsplit(":", 1)[1] for row in rows] == ["1", "3"]
