@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from gemma_tune.data.build import Prepared, build
 from gemma_tune.data.collate import Collator
-from gemma_tune.errors import Aborted, Stopped, TrainingError
+from gemma_tune.errors import Aborted, Stopped, TrainingError, UserError
 from gemma_tune.gemma.families import FAMILIES, Family
 from gemma_tune.models.load import check_vocabulary, load_base, set_stop_ids
 from gemma_tune.models.lora import attach, save_adapter
@@ -33,7 +33,9 @@ from gemma_tune.train.sft_trainer import SftTrainer, agreement, load_weights
 from gemma_tune.train.signals import Signals
 from gemma_tune.train.tracking import WandbTracking
 
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory|ALLOC_FAILED", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def run_sft(
     folder = RunFolder(plan.values("session")["output"], resume=resume, writes=first)
     with Signals() as signals:
         folder.check()
+        trainer_config(plan)  # what it refuses is refused before anything slow
         materials = gather(plan)
         identity = identity_of(
             plan,
@@ -121,12 +124,33 @@ def load_model(plan: Plan, materials: Materials) -> Any:
 
 
 def trainer_config(plan: Plan) -> SFTConfig:
-    """The configuration of TRL's trainer. One process trains on one GPU, however many it can see."""
-    config = SFTConfig(**plan.values("trainer"))
+    """The configuration of TRL's trainer. One process trains on one GPU, however many it can see.
+
+    Raises:
+        UserError: a keyword of `advanced.trainer` is unknown or refused.
+    """
+    with unchecked_keywords(plan):
+        config = SFTConfig(**plan.values("trainer"))
     if plan.machine.get("world_size", 1) == 1:
         # With more than one visible the Trainer would wrap the model in nn.DataParallel, which TRL 1.16 refuses.
         config._n_gpu = min(config.n_gpu, 1)
     return config
+
+
+@contextmanager
+def unchecked_keywords(plan: Plan) -> Iterator[None]:
+    """Say where it came from when the libraries refuse a keyword that the recipe handed on unchecked."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ImportError) as exc:
+        keys = [key for key, choice in plan.trainer.items() if choice.reason.startswith("advanced.trainer")]
+        if not keys:
+            raise
+        raise UserError(
+            f"the trainer refuses what advanced.trainer hands it: {exc}",
+            where=", ".join(f"advanced.trainer.{key}" for key in keys),
+            fix="see trl's SFTConfig for its keywords and their values, or remove the key",
+        ) from exc
 
 
 def describe(plan: Plan, materials: Materials, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,23 +227,24 @@ class Run:
         data, family = self.materials.data, self.materials.family
         evaluation, samples = self.session["evaluation"], self.session["samples"]
         rows = data.held_out.select(range(min(len(data.held_out), evaluation["max_rows"]))) if data.held_out else []
-        trainer = SftTrainer(
-            model=self.model,
-            tokenizer=self.materials.tokenizer,
-            collator=Collator(
-                family.pad_id,
-                fill_id=family.bos_id,
-                flatten=self.plan.values("model")["attn_implementation"] == "flash_attention_2",
-            ),
-            train=data.train,
-            held_out=rows,
-            config=trainer_config(self.plan),
-            folder=self.folder,
-            keep=self.session["checkpoint"]["keep"],
-            identity=self.identity,
-            signals=self.signals,
-            progress=self.resumed.progress if self.resumed else None,
-        )
+        with unchecked_keywords(self.plan):
+            trainer = SftTrainer(
+                model=self.model,
+                tokenizer=self.materials.tokenizer,
+                collator=Collator(
+                    family.pad_id,
+                    fill_id=family.bos_id,
+                    flatten=self.plan.values("model")["attn_implementation"] == "flash_attention_2",
+                ),
+                train=data.train,
+                held_out=rows,
+                config=trainer_config(self.plan),
+                folder=self.folder,
+                keep=self.session["checkpoint"]["keep"],
+                identity=self.identity,
+                signals=self.signals,
+                progress=self.resumed.progress if self.resumed else None,
+            )
         self.prompts = sample_prompts(samples["prompts"], data.held_out_examples, samples["held_out"])
         steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
         rhythm = Rhythm(
@@ -253,6 +278,7 @@ class Run:
             trainer.train(resume_from_checkpoint=str(self.resumed.folder))
         else:  # every step was done, but not what comes after the last one
             load_weights(trainer.model, self.resumed.folder)
+            trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # autocast, as in the training
             trainer.state.global_step = self.resumed.step
             trainer.count()
         done = trainer.state.global_step

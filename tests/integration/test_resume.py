@@ -199,6 +199,24 @@ def test_other_kinds_of_runs_resume_to_the_same_bits(
     assert (runs[0] / f"{kind}.safetensors").read_bytes() == (runs[1] / f"{kind}.safetensors").read_bytes()
 
 
+def test_figures_that_are_taken_after_a_resume_are_computed_in_the_types_of_the_training(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All weights in fp32 under bf16 autocast, killed between the last checkpoint and the result."""
+    changes = {
+        **LIGHT,
+        "adapter": None,
+        "model": {"precision": "bf16"},
+        "optim": {"learning_rate": 1e-3, "max_steps": 4},
+    }
+    recipe = str(write_recipe(tmp_path, tiny("gemma3_text"), **changes))
+    assert main(["sft", recipe, f"output={tmp_path / 'straight'}"]) == 0
+    assert killed(["sft", recipe], "os.rename", r"staging-model ") == -signal.SIGKILL
+    assert main(["sft", recipe, "--resume", "must"]) == 0
+    tuned = [document(tmp_path / run / "run.json")["results"]["tuned"] for run in ("straight", "run")]
+    assert tuned[0] == tuned[1]
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

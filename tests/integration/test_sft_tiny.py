@@ -216,6 +216,26 @@ def test_resume_must_needs_a_checkpoint(tiny: Callable[..., Path], tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("key", "value"), [("learning_rte", "1e-4"), ("hub_strategy", "nonsense")])
+def test_unchecked_keywords_that_the_trainer_refuses_are_the_users_input(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: Any, key: str, value: str
+) -> None:
+    recipe = write_recipe(tmp_path, tiny("gemma3_text"))
+    assert main(["sft", str(recipe), f"advanced.trainer={{{key}: {value}}}"]) == 2
+    error = capsys.readouterr().err
+    assert f"advanced.trainer.{key}" in error and "fix:" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_trainer_refuses_when_it_is_made_is_the_users_input(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    recipe = write_recipe(tmp_path, tiny("gemma3_text"))
+    assert main(["sft", str(recipe), "advanced.trainer={loss_type: nonsense}"]) == 2
+    error = capsys.readouterr().err
+    assert "advanced.trainer.loss_type" in error and "nonsense" in error
+
+
 def test_data_that_cannot_be_read_leave_nothing_behind(tiny: Callable[..., Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny("gemma3_text"))
     (tmp_path / "rows.jsonl").write_text("{broken\n")
@@ -248,7 +268,12 @@ def test_a_non_finite_loss_stops_before_the_update(
 
 
 @pytest.mark.parametrize(
-    "text", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory"]
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "DefaultCPUAllocator: can't allocate memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    ],
 )
 def test_out_of_memory_names_the_batch_and_the_fix(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, text: str
