@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from gemma_tune.console import printable, quoted
@@ -86,7 +87,9 @@ def fix_for(path: tuple[str, ...], node: Node, options: Sequence[Schema]) -> str
 
 
 def _number_fix(node: Node, text: str, *, whole: bool) -> str:
-    plain = text.replace("_", "").replace(",", "")
+    grouped = re.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", text)
+    # Elsewhere a comma is what many languages write for the point.
+    plain = text.replace("_", "").replace(",", "" if grouped else ".")
     try:
         number = float(plain)
     except ValueError:
@@ -95,7 +98,7 @@ def _number_fix(node: Node, text: str, *, whole: bool) -> str:
         return "write a number within the range"
     if whole and number == int(number) and not isinstance(node.value, int):
         return f"write {int(number)}" + ("" if node.plain else " without quotes")
-    if isinstance(node.value, str) and node.plain:
+    if isinstance(node.value, str) and (node.plain or "," in text):
         return f"write {number:g}"
     return "write a whole number" if whole and number != int(number) else "write a number within the range"
 
