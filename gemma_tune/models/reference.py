@@ -78,8 +78,8 @@ def resolve(name: str, revision: str | None = None, *, need: Need = "weights") -
         return ModelSource(name, folder.resolve(), None)
     if not _HUB_ID.fullmatch(name):
         raise UserError(
-            f"'{name}' is no existing folder, and not a hub id of the form organisation/name",
-            where="model.name",
+            "this is no existing folder, and not a hub id of the form organisation/name",
+            where=f"'{name}'",
             fix=f"correct the path, or use a hub id such as google/gemma-3-1b-it, or {QUICKSTART}",
         )
     path, commit = hub.download(name, _PATTERNS[need], revision=revision)

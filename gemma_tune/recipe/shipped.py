@@ -160,4 +160,5 @@ def _write_new(path: Path, content: bytes) -> None:
     except FileNotFoundError:
         raise UserError("its folder does not exist", where=str(path), fix=f"mkdir -p {path.parent}") from None
     except (OSError, ValueError) as error:
-        raise AccessError(f"cannot be written: {error}", where=str(path), fix="name another folder") from None
+        reason = getattr(error, "strerror", None) or error
+        raise AccessError(f"cannot be written: {reason}", where=str(path), fix="name another folder") from None
