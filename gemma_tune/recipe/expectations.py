@@ -98,9 +98,11 @@ def _number_fix(node: Node, text: str, *, whole: bool) -> str:
         return "write a number within the range"
     if whole and number == int(number) and not isinstance(node.value, int):
         return f"write {int(number)}" + ("" if node.plain else " without quotes")
+    if whole and number != int(number):
+        return "write a whole number"
     if isinstance(node.value, str) and (node.plain or "," in text):
         return f"write {number:g}"
-    return "write a whole number" if whole and number != int(number) else "write a number within the range"
+    return "write a number within the range"
 
 
 def _section_fix(path: tuple[str, ...], text: str) -> str:
