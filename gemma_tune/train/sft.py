@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from datasets import IterableDataset
 from rich.console import Console
 from transformers import set_seed
 from trl import SFTConfig
@@ -153,6 +154,29 @@ def unchecked_keywords(plan: Plan) -> Iterator[None]:
         ) from exc
 
 
+def endless(stream: IterableDataset) -> IterableDataset:
+    """`stream`, again and again: `max_steps` ends the run.
+
+    Where a stream ends in the middle of an accumulated batch, the Trainer (transformers 5.23, `_run_epoch`) leaves the
+    gradient that was begun lying, adds the whole next batch to it, and cannot resume behind that point.
+    """
+
+    def rows() -> Iterator[dict[str, Any]]:
+        while True:
+            some = False
+            for row in stream:
+                some = True
+                yield row
+            if not some:
+                raise UserError(
+                    "the stream has no row for training behind the held-out ones",
+                    where="data.sources",
+                    fix="lower data.holdout, or add rows",
+                )
+
+    return IterableDataset.from_generator(rows, features=stream.features)
+
+
 def describe(plan: Plan, materials: Materials, identity: Mapping[str, Any]) -> dict[str, Any]:
     """run.json at the start: everything that was used, with its version or hash."""
     family = materials.family
@@ -236,7 +260,7 @@ class Run:
                     fill_id=family.bos_id,
                     flatten=self.plan.values("model")["attn_implementation"] == "flash_attention_2",
                 ),
-                train=data.train,
+                train=endless(data.train) if isinstance(data.train, IterableDataset) else data.train,
                 held_out=rows,
                 config=trainer_config(self.plan),
                 folder=self.folder,

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,27 @@ def test_other_kinds_of_runs_resume_to_the_same_bits(
     assert losses(runs[0]) == losses(runs[1])
     kind = "model/model" if name == "full" else "adapter/adapter_model"
     assert (runs[0] / f"{kind}.safetensors").read_bytes() == (runs[1] / f"{kind}.safetensors").read_bytes()
+
+
+PASSES = {"rows": {"max_length": 64}, "stream": {"max_length": 64, "streaming": True, "shuffle_buffer": 16}}
+
+
+@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("kind", PASSES)
+def test_a_run_of_several_passes_resumes_to_the_same_bits(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, step: int
+) -> None:
+    """52 rows make three batches of 16 and a rest: step 4 is at the end of a pass, step 6 within the second."""
+    changes = {**LIGHT, "data": PASSES[kind], "batch": {"size": 16, "micro": 2}}
+    recipe = str(write_recipe(tmp_path, tiny("gemma3_text"), **changes))
+    assert main(["sft", recipe, f"output={tmp_path / 'straight'}"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert main(["sft", recipe]) == 75
+    assert main(["sft", recipe, "--resume", "must"]) == 0
+    found = losses(tmp_path / "straight")
+    assert losses(tmp_path / "run") == found
+    assert all(later < 1.2 * earlier for earlier, later in pairwise(found.values())), "no batch counts twice"
 
 
 def test_figures_that_are_taken_after_a_resume_are_computed_in_the_types_of_the_training(
