@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import gemma_tune
 from gemma_tune.commands import recipes as command
 from gemma_tune.errors import AccessError, UserError
 from gemma_tune.recipe import shipped, yaml
-from gemma_tune.recipe.reader import read_recipe, recipe_schema
+from gemma_tune.recipe.reader import read_recipe, read_recipe_text, recipe_schema
 from gemma_tune.recipe.shipped import (
     copy_shipped,
     find_shipped,
@@ -181,6 +182,14 @@ def test_the_wheel_carries_the_recipes_and_the_samples() -> None:
 
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["force-include"] == {"recipes": "gemma_tune/_recipes", "data": "gemma_tune/_data"}
+
+
+def test_the_recipes_of_the_readme_are_read() -> None:
+    whole, data = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    recipe = read_recipe_text(whole)
+    assert recipe.model == read_recipe(shipped_folder("recipes") / "ultrachat_qlora.yaml").model
+    mixed = read_recipe_text(re.sub(r"(?m)^data:.*\n", data, whole))
+    assert [source.name for source in mixed.data.sources] == ["ultrachat", "my_rows.jsonl", "mine.py:rows"]
 
 
 def test_the_commands(
