@@ -44,7 +44,8 @@ def as_list(value: Any, where: str, *, empty: bool = False) -> list[Any]:
     return list(value)
 
 
-def as_text(value: Any, where: str) -> str:
+def as_text(value: Any, where: str, *, trim: bool = True) -> str:
+    """Text, or a list of text blocks as one text, of which each is trimmed (`trim`)."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")
@@ -59,12 +60,13 @@ def as_text(value: Any, where: str) -> str:
     if value is None:
         raise RowError("is null", where, kind=f"{_column(where)} is null")
     if isinstance(value, (list, tuple)):
-        return _blocks(value, where)
+        return _blocks(value, where, trim)
     raise RowError(f"is {kind_of(value)}, not text", where, kind=f"{_column(where)} is not text")
 
 
-def _blocks(blocks: Collection[Any], where: str) -> str:
-    """Content as a list of blocks: text only. The official templates trim each block and join them without a blank."""
+def _blocks(blocks: Collection[Any], where: str, trim: bool) -> str:
+    """Content as a list of blocks: text only. The official templates trim the blocks of users and models, not those of
+    a tool's answer, and join them without a blank."""
     texts = []
     for index, block in enumerate(blocks):
         place = f"{where}[{index}]"
@@ -81,7 +83,7 @@ def _blocks(blocks: Collection[Any], where: str) -> str:
         if isinstance(block.get("text"), (list, tuple)):
             raise RowError("is a list, not text", f"{place}.text", kind="content is not text")
         texts.append(as_text(block.get("text"), f"{place}.text"))
-    return texts[0] if len(texts) == 1 else "".join(part.strip() for part in texts)
+    return texts[0] if len(texts) == 1 else "".join(part.strip() if trim else part for part in texts)
 
 
 def optional_text(item: Row, key: str, where: str) -> str | None:

@@ -60,7 +60,7 @@ def openai_message(item: Row, where: str) -> Message:
         raise RowError("has no 'content'", where, kind="message without 'content'")
     return Message(
         role,
-        as_text(content, f"{where}.content"),
+        as_text(content, f"{where}.content", trim=role != "tool"),
         thinking=_reasoning(item, where),
         tool_calls=calls,
         name=optional_text(item, "name", where),

@@ -36,6 +36,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "completion": ("response", "answer", "output", "assistant", "target", "reply"),
     "instruction": ("question", "prompt", "query"),
     "input": ("context",),
+    "system": ("system_prompt",),
     "output": ("response", "answer", "completion"),
     "text": ("content", "document", "body", "sentence"),
     "quote": ("text",),
@@ -281,11 +282,15 @@ def _suggest_columns(missing: Iterable[str], found: Collection[str]) -> str:
 
 
 def _suggest_rename(found: Collection[str]) -> str:
-    """For the shape of which a column is there already, else for the first that fits."""
+    """For the shape of which a column is there already, else for the first that fits.
+
+    With the columns that a row may lack: a rename without them would lose a system prompt, or Dolly's context.
+    """
     for shape in sorted(SHAPES.values(), key=lambda shape: not any(column in found for column in shape.required)):
         missing = [column for column in shape.required if column not in found]
-        if shape.name == "alpaca" and "input" not in found and "context" in found:
-            missing.append("input")  # Dolly's; a rename without it would lose the text that is asked about
+        optional = ("system", "input") if shape.name == "alpaca" else ("system",)
+        if missing:
+            missing += [ours for ours in optional if ours not in found and any(n in found for n in SYNONYMS[ours])]
         suggestion = _suggest_columns(missing, found)
         if suggestion:
             return suggestion

@@ -194,6 +194,8 @@ def test_tools_may_be_json_text() -> None:
 def test_text_blocks_are_joined_as_the_official_templates_do() -> None:
     blocks = [{"type": "text", "text": " a "}, {"type": "text", "text": "b"}]
     assert normalise({"messages": [{"role": "user", "content": blocks}]}) == Conversation((Message("user", "ab"),))
+    # gemma4_v5.jinja joins those of a tool's answer as they are.
+    assert normalise({"messages": [{"role": "tool", "content": blocks}]}) == Conversation((Message("tool", " a b"),))
 
 
 def _message(**message: Any) -> dict[str, Any]:
@@ -268,6 +270,11 @@ def _message(**message: Any) -> dict[str, Any]:
             {"instruction": "q", "context": "c", "response": "a", "category": "x"},
             "fit no known shape",
             "{output: response, input: context}",
+        ),
+        (
+            {"system_prompt": "s", "question": "q", "response": "a"},
+            "fit no known shape",
+            "{prompt: question, completion: response, system: system_prompt}",
         ),
         ({"conversation": [{"role": "user", "content": "q"}]}, "has no 'input'", "{messages: conversation}"),
         ({"messages": [{"role": "user", "content": "q"}], "tools": [3]}, "tools[0] is a number", ""),
