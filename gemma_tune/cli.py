@@ -246,6 +246,9 @@ _PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run gemma-tune with `argv` (default: sys.argv without its first item) and return the exit code."""
     keep_private(os.environ)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us: `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars are for a terminal, not for a log
     # A terminal that cannot show a character gets its number instead of a crash, and one may type what is no UTF-8.

@@ -255,6 +255,11 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.stderr == ""
 
 
+def test_closed_streams_are_no_error() -> None:
+    command = f"'{sys.executable}' -m gemma_tune recipes schema >&- 2>&- <&-"
+    assert subprocess.run(["sh", "-c", command], timeout=60).returncode == 0
+
+
 def test_a_terminal_without_unicode(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = run("check", str(tmp_path / "café.yaml"), env=environment)
