@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_private(os.environ)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us: `>&-`
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the life of the process
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars are for a terminal, not for a log
     # A terminal that cannot show a character gets its number instead of a crash, and one may type what is no UTF-8.
