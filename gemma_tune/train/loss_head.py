@@ -55,11 +55,12 @@ class FrozenHeadLogProbs(torch.autograd.Function):
             entropy[part] = -torch.bmm(probs[:, None, :], logits[:, :, None])[:, 0, 0]
             if gradient is None:
                 continue
-            own = weight[label[:, 0]].float()
+            # 1[v = y] - p_v before it is rounded to the weight's type: where p_y is near 1, the difference of two
+            # rounded products would be nothing but their rounding.
+            weights = probs.neg_().scatter_add_(-1, label, probs.new_ones(label.shape))
             if slope is not None:
-                probs *= slope
-                own *= slope.gather(-1, label)
-            gradient[part] = (own - (probs.to(weight.dtype) @ weight).float()).to(gradient.dtype)
+                weights *= slope
+            gradient[part] = weights.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1

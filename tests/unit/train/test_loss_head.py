@@ -36,6 +36,23 @@ def test_log_probs_entropy_and_gradient_are_those_of_autograd(softcap, tile_rows
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("softcap", "most"), [(None, 16), (30.0, 24)])
+def test_the_gradient_of_a_well_predicted_token_is_not_rounded_away(softcap, most):
+    torch.manual_seed(0)
+    weight = (torch.randn(4000, 64) / 8).bfloat16()
+    labels = torch.randint(0, 4000, (32,))
+    near = torch.nn.functional.normalize(weight[labels].float(), dim=-1)
+    hidden = (torch.linspace(4, most, 32)[:, None] * near + 0.3 * torch.randn(32, 64)).bfloat16()
+    ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    log_probs, _, _ = FrozenHeadLogProbs.apply(ours, weight, labels, softcap)
+    log_probs.sum().backward()
+    expected = reference(theirs, weight.double(), labels, softcap).gather(-1, labels[:, None])[:, 0]
+    expected.sum().backward()
+    assert 0.99 < expected.exp().max() < 1 and expected.exp().min() < 0.5
+    error = (ours.grad.double() - theirs.grad).norm(dim=-1) / theirs.grad.norm(dim=-1)
+    assert error.max() < 0.15, "each token's own gradient, in bf16"
+
+
 def tiny(kind):
     shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2, "sliding_window": 8}
