@@ -15,7 +15,7 @@ import pyarrow as pa
 from gemma_tune.data.mix import read_examples
 from gemma_tune.data.policies import Drop, Policies
 from gemma_tune.data.report import DataReport, Tally
-from gemma_tune.data.split import hold_out
+from gemma_tune.data.split import hold_out, wanted_rows
 from gemma_tune.data.spool import Spool
 from gemma_tune.data.stream import Stream
 from gemma_tune.data.tokens import IGNORED, Documents, TrainRow, tokenise
@@ -136,6 +136,11 @@ def build(
     if shuffle:
         random.Random(f"shuffle {seed}").shuffle(order)
     held = hold_out(groups, holdout, seed)
+    if len(held) > (wanted := wanted_rows(holdout, len(groups))):
+        tally.remarks.append(
+            f"{len(held):,} rows are held out, not {wanted:,}: rows of one text, or with one first user turn, stay "
+            "together, and there is no smaller group"
+        )
     held_order = [index for index in order if index in held]
     rows = documents.training_rows([index for index in order if index not in held], max_length, packing)
     train, train_digest = _dataset(rows, packing)

@@ -8,6 +8,13 @@ from collections.abc import Sequence
 from gemma_tune.errors import UserError
 
 
+def wanted_rows(holdout: float, rows: int) -> int:
+    """How many of `rows` are asked for; groups that are larger can make it more."""
+    if holdout == 0 or holdout >= 1:
+        return int(holdout)
+    return max(1, round(holdout * rows))
+
+
 def hold_out(groups: Sequence[bytes], holdout: float, seed: int) -> set[int]:
     """Which rows are held out. Rows of one group go to one side, so that no prompt is on both.
 
@@ -28,7 +35,7 @@ def hold_out(groups: Sequence[bytes], holdout: float, seed: int) -> set[int]:
         raise UserError(
             f"{holdout} is no number of rows", where="data.holdout", fix="give a fraction below 1 or an integer"
         )
-    wanted = int(holdout) if holdout >= 1 else max(1, round(holdout * rows))
+    wanted = wanted_rows(holdout, rows)
     if wanted >= rows:
         raise UserError(
             f"{wanted:,} of {rows:,} rows would be held out: nothing is left to train on",

@@ -151,6 +151,16 @@ def test_a_long_document_goes_on_in_the_next_row(tmp_path: Path) -> None:
         prepare([{"text": text}], tmp_path, max_length=50, on_overlong="error")
 
 
+def test_a_holdout_of_whole_texts_that_is_larger_than_asked_for_is_said(tmp_path: Path) -> None:
+    rows = [{"text": letter * 245} for letter in "abc"]  # five pieces each, and EOS
+    report = prepare(rows, tmp_path, max_length=50, holdout=0.01).report
+    assert report.held_out == 6
+    assert any(remark.startswith("6 rows are held out, not 1: rows of one text") for remark in report.remarks)
+    assert not prepare([chat(f"q{index}", "a") for index in range(9)], tmp_path, holdout=2).report.remarks
+    with pytest.raises(UserError, match="or come from one text"):
+        prepare(rows[:1], tmp_path, max_length=50, holdout=0.01)
+
+
 @settings(max_examples=100, deadline=None)
 @given(size=st.integers(1, 400), limit=st.integers(16, 60))
 def test_pieces_hold_every_token_once(size: int, limit: int) -> None:
