@@ -12,7 +12,7 @@ from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
-from gemma_tune.gemma.chat import render_prompt
+from gemma_tune.gemma.chat import render, render_prompt
 from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.recipe.reader import read_recipe
@@ -101,8 +101,9 @@ def prompt_ids(example: Example, family: Family, encoder: Encoder, train_on: str
         return [family.bos_id]
     place = _first_trained(example.messages, last=train_on == "last_model_turn")
     before = example.messages[:place]
-    if not before:
-        return [family.bos_id]
+    if not before:  # the model speaks first, behind its header and a system turn that declares thinking and tools
+        rendered = render(example, family, encoder)
+        return rendered.ids[: rendered.trained.index(1)]
     return render_prompt(replace(example, messages=before), family, encoder)
 
 

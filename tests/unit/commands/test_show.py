@@ -94,6 +94,16 @@ def test_the_prompt_before_a_turn_with_tool_calls(run: Callable[..., Shown]) -> 
     assert row["trained"].index(1) == len(row["prompt_ids"])
 
 
+def test_the_prompt_where_the_model_speaks_first(run: Callable[..., Shown]) -> None:
+    (row,) = run(
+        [{"messages": [{"role": "assistant", "content": "Hi"}], "enable_thinking": True}], family="gemma4"
+    ).rows
+    assert row["text"] == "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>model\nHi<turn|>\n"
+    assert (
+        row["trained"].index(1) == len(row["prompt_ids"]) and row["ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
+    )
+
+
 def test_a_large_holdout_leaves_something_to_show(run: Callable[..., Shown], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(show, "SAMPLE", 20)
     monkeypatch.setattr(show, "HELD_OUT", 2)
