@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from gemma_tune.data.collate import IGNORED, Collator
-from gemma_tune.errors import TrainingError
+from gemma_tune.errors import TrainingError, UserError
 from gemma_tune.models.lora import keep_fp32
 from gemma_tune.train import checkpoint
 from gemma_tune.train.callbacks import Clock
@@ -71,6 +71,12 @@ class SftTrainer(SFTTrainer):
         super().__init__(
             model=model, args=config, data_collator=collator, train_dataset=train, processing_class=tokenizer
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "FSDP and DeepSpeed are not supported: each process would save its own shard as if it were the whole",
+                where="accelerate launch",
+                fix="start with torchrun, or with accelerate launch --multi_gpu: every process holds the whole model",
+            )
         # The classes of Gemma 3n and 4 carry accepts_loss_kwargs = False, and the Trainer then withholds the number of
         # trained tokens of the whole accumulated batch: each micro batch would weigh the same, however many it has.
         # TRL's loss divides by that number itself, whatever the model class accepts.

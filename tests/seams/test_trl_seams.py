@@ -14,6 +14,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from gemma_tune.data.collate import Collator
+from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.models.load import load_base
 from gemma_tune.models.lora import attach
@@ -242,6 +243,20 @@ def test_nothing_is_sent_and_nothing_is_written_by_the_constructor_or_a_step(
     trainer_of(base, folder, "gemma3_text", tmp_path / "run", some_rows()).train()
     assert sent == []
     assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_training_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    own = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self: Any) -> None:
+        own(self)
+        setattr(self, kind, True)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    base, folder = base_of(tiny, "gemma3_text")
+    with pytest.raises(UserError, match="not supported"):
+        trainer_of(base, folder, "gemma3_text", tmp_path, some_rows())
 
 
 def test_the_overridden_methods_still_exist_with_these_signatures() -> None:
