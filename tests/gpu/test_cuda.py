@@ -64,12 +64,11 @@ def train(folder: Path, base: Path, title: str, **changes: Any) -> dict[str, Any
     results = document(folder / "run" / "run.json")["results"]
     estimate = sum(term["bytes"] for term in document(folder / "run" / "plan.json")["memory"])
     used = results["peak_memory"]
-    peak = (
-        f"allocated {used['cuda'] / GIB:.2f} GiB, {(estimate - CUDA_OVERHEAD) / GIB:.2f}"
-        if CUDA
-        else (f"resident {used['rss'] / GIB:.2f} GiB of this whole process, {estimate / GIB:.2f}")
-    )
-    print(f"\n{title}: {results['tokens_per_second']:,.0f} tokens/s, peak {peak} GiB estimated")
+    if CUDA:  # what torch allocates is the estimate without the context
+        peak = f"{used['cuda'] / GIB:.2f} GiB allocated, {(estimate - CUDA_OVERHEAD) / GIB:.2f} GiB estimated"
+    else:
+        peak = f"{used['rss'] / GIB:.2f} GiB of this whole process, {estimate / GIB:.2f} GiB estimated"
+    print(f"\n{title}: {results['tokens_per_second']:,.0f} tokens/s, peak {peak}")
     assert all(math.isfinite(loss) for loss in losses(folder / "run").values())
     return dict(results)
 
@@ -153,15 +152,17 @@ def test_the_real_size_has_the_published_parameters() -> None:
 def test_speed_and_memory_of_a_1b_at_2048_tokens(
     recomputed: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    if not recomputed and torch.cuda.get_device_properties(0).total_memory < 20 * GIB:
+        pytest.skip("needs a GPU with 20 GiB")
     base = make_real_size("google/gemma-3-1b-it", tmp_path_factory.mktemp("1b"))
     results = train(
         tmp_path,
         base,
-        f"Gemma 3 1B, 4 x 2,048 tokens a pass, {'' if recomputed else 'not '}recomputed",
+        f"Gemma 3 1B, 2 x 2,048 tokens a pass, {'' if recomputed else 'not '}recomputed",
         adapter={"r": 16, "alpha": 32, "dropout": 0.05},
         data={"sources": [{"name": str(write_rows(tmp_path / "many.jsonl", 6000))}], "max_length": 2048},
         optim={"learning_rate": 1e-3, "max_steps": 6},
-        batch={"size": 8, "micro": 4},
+        batch={"size": 8, "micro": 2},
         memory={"gradient_checkpointing": recomputed},
         evaluation={"every": 3, "max_rows": 8},
     )
