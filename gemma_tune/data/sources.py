@@ -103,6 +103,8 @@ def open_source(source: Mapping[str, Any], *, streaming: bool = False) -> Opened
     """
     name = source["name"]
     known = NAMED.get(name)
+    if re.match(r"https?://", name):
+        raise UserError(f"{name!r} is an address", where="data.sources", fix="download the file and give its path")
     if ".py:" in name or name.endswith(".py"):
         label, found = name, _function_rows(name)
     elif known:
@@ -140,8 +142,6 @@ def _read_named(known: Named, row: Any) -> Example:
 
 
 def _unknown(name: str) -> UserError:
-    if re.match(r"https?://", name):
-        return UserError(f"{name!r} is an address", where="data.sources", fix="download the file and give its path")
     near = difflib.get_close_matches(name, NAMED, 1, 0.5)
     known = (
         f"known sets: {', '.join(NAMED)}; otherwise a hub id (owner/name), a file, sample:NAME, or ./mine.py:function"
@@ -246,7 +246,7 @@ def _function_rows(name: str) -> Iterator[SourceRow]:
 
 def _module(path: Path) -> Any:
     """Run the file under a name of its own. It is the user's own code, named on the user's own command line."""
-    spec = importlib.util.spec_from_file_location(f"_gemma_tune_source_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"_gemma_tune_source_{path.stem}", path.resolve())
     if spec is None or spec.loader is None:
         raise UserError("cannot be imported", where=str(path))
     module = importlib.util.module_from_spec(spec)
@@ -274,8 +274,12 @@ def _called(function: Callable[[], Any], path: Path, name: str) -> Iterator[Sour
 
 
 def _raised(error: Exception, path: Path) -> UserError:
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    file = str(path.resolve())
+    if isinstance(error, SyntaxError) and error.filename == file:
         return UserError(f"SyntaxError: {error.msg}", where=f"{path}:{error.lineno}", fix="correct the file")
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     place = f"{path}:{lines[-1]}" if lines else str(path)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0].replace("_", "-")
+        return UserError(f"it imports {error.name}, which is not installed", where=place, fix=f"pip install {package}")
     return UserError(f"{type(error).__name__}: {error}", where=place, fix="correct the function")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from gemma_tune.models import remedies
 from gemma_tune.models.load import load_base, set_stop_ids, source_of
 from gemma_tune.models.reference import ModelSource, resolve
 from gemma_tune.models.tokenizer import load_tokenizer, open_tokenizer
+from gemma_tune.plan.facts import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -239,7 +239,7 @@ def load_run(target: str | Path, **changes: Any) -> tuple[Any, PreTrainedTokeniz
     """
     saved = _find(target)
     source = resolve(saved.name, saved.revision, need="config")
-    family = family_of(json.loads((source.path / "config.json").read_text(encoding="utf-8")), where=source.name)
+    family = family_of(read_json(source.path / "config.json"), where=source.name)
     recorded = saved.section("model", "dtype", "attn_implementation", "text_only")
     model = {"dtype": _dtype_of_machine(family), **recorded, **changes, "name": saved.name, "revision": saved.revision}
     if model.get("text_only"):
@@ -254,8 +254,11 @@ def _find(target: str | Path) -> _Saved:
     adapter = next((one for one in (folder / "adapter", folder) if (one / CONFIG).is_file()), None)
     plan = _plan_of(folder.parent if adapter == folder else folder)
     if adapter is not None:
-        config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-        return _Saved(config["base_model_name_or_path"], config.get("revision"), adapter, plan)
+        config = read_json(adapter / CONFIG)
+        base = config.get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise UserError("it names no base model", where=str(adapter / CONFIG), fix="copy the adapter again")
+        return _Saved(base, config.get("revision"), adapter, plan)
     if (folder / "model" / "config.json").is_file():
         return _Saved(str(folder / "model"), None, None, plan)
     if plan:
@@ -263,9 +266,9 @@ def _find(target: str | Path) -> _Saved:
     return _Saved(str(target), None, None, {})
 
 
-def _plan_of(folder: Path) -> dict[str, Any]:
+def _plan_of(folder: Path) -> Mapping[str, Any]:
     file = folder / "plan.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _dtype_of_machine(family: Family) -> str:
@@ -287,18 +290,20 @@ def _tokenizer_of(saved: _Saved, family: Family) -> PreTrainedTokenizerBase:
 def open_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """Put a saved adapter on its base. PEFT only warns where tensors are missing or left over; here it is an error."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{WEIGHTS} is missing", where=str(folder), fix="an adapter in pickle form is refused")
     try:
+        with safe_open(str(folder / WEIGHTS), "pt") as file:
+            saved = set(file.keys())
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    except SafetensorError as exc:
+        raise UserError(f"it is damaged: {exc}", where=str(folder / WEIGHTS), fix="copy the adapter again") from exc
     except (RuntimeError, ValueError) as exc:
         raise UserError(
             "this adapter does not fit the base model", where=str(folder), fix="use the base that it was trained on"
         ) from exc
-    with safe_open(str(folder / WEIGHTS), "pt") as file:
-        saved = set(file.keys())
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != wanted:
         odd = sorted(saved ^ wanted)

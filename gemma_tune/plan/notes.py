@@ -14,7 +14,7 @@ from gemma_tune.plan.types import MemoryTerm
 from gemma_tune.recipe.schema import Recipe
 
 LICENCES = {
-    "gemma": "Gemma Terms of Use (ai.google.dev/gemma/terms): who publishes a fine-tune passes them on, with a notice",
+    "gemma": "the Gemma Terms of Use (ai.google.dev/gemma/terms): who publishes a tune passes them on, with a notice",
     "apache-2.0": "Apache-2.0",
 }
 
@@ -38,7 +38,7 @@ def notes_of(
         *_towers(recipe, parameters, precision),
         *_devices(recipe, machine, processes),
         *_run(recipe),
-        f"{family.label} is under the {LICENCES[family.licence]}.",
+        f"{family.label} is under {LICENCES[family.licence]}.",
     )
 
 

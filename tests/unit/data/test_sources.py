@@ -204,7 +204,8 @@ def test_a_wrong_function(mine: str, function: str, what: str) -> None:
 def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
     for content, what in (
         ("def rows(:\n", "bad.py:1: SyntaxError"),
-        ("import no_such_module\n", "bad.py:1: ModuleNot"),
+        ("import no_such_module\n", "bad.py:1: it imports no_such_module, which is not installed"),
+        ("raise KeyError('gone')\n", "bad.py:1: KeyError"),
     ):
         (tmp_path / "bad.py").write_text(content)
         with pytest.raises(UserError) as caught:
@@ -212,6 +213,18 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
         assert what in str(caught.value)
     with pytest.raises(UserError, match="no such file"):
         open_source({"name": f"{tmp_path / 'none.py'}:rows"})
+
+
+def test_a_relative_path_keeps_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("def rows():\n    yield {}['gone']\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^mine\.py:2: KeyError"):
+        list(open_source({"name": "mine.py:rows"}))
+
+
+def test_an_address_is_no_file() -> None:
+    with pytest.raises(UserError, match="is an address"):
+        open_source({"name": "https://example.org/rows.jsonl"})
 
 
 def test_sample_rows_come_with_the_package() -> None:

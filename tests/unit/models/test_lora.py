@@ -157,6 +157,26 @@ def test_an_adapter_that_lost_tensors_is_refused(tiny: Callable[..., Path], tmp_
         load_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("adapter_model.safetensors", lambda data: data[:1000], "damaged"),
+        ("adapter_config.json", lambda data: b"", "empty"),
+        ("adapter_config.json", lambda data: data[:20], "not valid JSON"),
+        ("adapter_config.json", lambda data: b"{}", "names no base"),
+    ],
+)
+def test_a_damaged_run_is_no_bug_of_ours(
+    name: str, damage: Callable[[bytes], bytes], said: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    saved_run(tiny("gemma3_text"), "gemma3_text", tmp_path)
+    file = tmp_path / "adapter" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=said) as caught:
+        load_run(tmp_path)
+    assert name in caught.value.problems[0].where
+
+
 def test_an_adapter_in_pickle_form_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     saved_run(tiny("gemma3_text"), "gemma3_text", tmp_path)
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
