@@ -104,14 +104,14 @@ def wait_for_all(plan: Plan) -> None:
 
 
 def gather(plan: Plan) -> Materials:
-    """Tokenizer and data of `plan`. Loads no weights and writes nothing but caches."""
+    """Tokenizer and data of `plan`, then its weights on disk: a mistake in the data costs no download of gigabytes."""
     family = FAMILIES[plan.family]
     chosen = plan.values("model")
-    source = resolve(chosen["name"], chosen.get("revision"))
     other = chosen.get("tokenizer")
     tokenizer = load_tokenizer(other or chosen["name"], None if other else chosen.get("revision"), family)
     encoder = GemmaEncoder(tokenizer, family)
     data = build(family, encoder, **plan.values("data"))
+    source = resolve(chosen["name"], chosen.get("revision"))
     return Materials(family, source, source.revision or provenance.fingerprint(source.path), tokenizer, encoder, data)
 
 
