@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model, save_model
 from transformers import PrinterCallback, Trainer
+from transformers.trainer_utils import has_length
 from trl import SFTConfig, SFTTrainer
 
 from gemma_tune.data.collate import IGNORED, Collator
@@ -50,6 +51,7 @@ class SftTrainer(SFTTrainer):
 
     model: Any
     data_collator: Any
+    train_dataset: Any
 
     def __init__(
         self,
@@ -111,9 +113,28 @@ class SftTrainer(SFTTrainer):
         rows, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in rows:
             trained = batch["labels"][:, 1:].ne(IGNORED).sum()
-            self._tokens += torch.stack([self.data_collator.tokens(batch), trained]).to(self._tokens.device)
+            seen = self.data_collator.tokens(batch) * trained.gt(0)  # a repeated row stands in for none
+            self._tokens += torch.stack([seen, trained]).to(self._tokens.device)
         self._rows = rows
         return rows, items
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Leave out the rows with which accelerate fills up the last batches of a pass.
+
+        Of several processes each gets as many batches; what is missing at the end of a pass is repeated from its
+        beginning (`BatchSamplerShard`), and would count again in its last step. Packed rows that were laid end to end
+        (FlashAttention) are left out only where a batch is nothing but repetition.
+        """
+        end = batch_samples and self.accelerator.gradient_state.end_of_dataloader and has_length(self.train_dataset)
+        if self.args.world_size > 1 and end:
+            micro, last = self.args.per_device_train_batch_size, batch_samples[-1]
+            rest = len(self.train_dataset) % (micro * self.args.world_size)
+            own = min(max(rest - micro * self.args.process_index, 0), micro) if rest else micro
+            # One row stays where there is none of its own: every process takes part in the backward pass.
+            batch_samples[-1] = {key: value[: max(own, 1)] for key, value in last.items()}
+            if not own:
+                batch_samples[-1]["labels"] = torch.full_like(batch_samples[-1]["labels"], IGNORED)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def count(self) -> dict[str, Any]:
         """Bring `counters` up to date. Every process must call this together.

@@ -18,17 +18,11 @@ from tests.integration.test_resume import losses, stop_at
 from tests.integration.tiny_runs import document, write_recipe
 
 
-def test_two_gloo_processes_take_over_a_run_and_end_where_one_does(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = str(write_recipe(tmp_path, tiny("gemma3_text"), adapter={"dropout": 0.0}, checkpoint={"every": 4}))
-    assert main(["sft", recipe, f"output={tmp_path / 'one'}", "batch.micro=1"]) == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert main(["sft", recipe, "batch.micro=1"]) == 75
+def on_two_processes(*arguments: str) -> str:
+    """What gemma-tune prints on two processes; it must end well."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     process = subprocess.Popen(
-        [*command, "-m", "gemma_tune", "sft", recipe, "batch.micro=1", "--resume", "must"],
+        [*command, "-m", "gemma_tune", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -41,6 +35,18 @@ def test_two_gloo_processes_take_over_a_run_and_end_where_one_does(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its workers too
     assert process.returncode == 0, error
+    return printed
+
+
+def test_two_gloo_processes_take_over_a_run_and_end_where_one_does(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = str(write_recipe(tmp_path, tiny("gemma3_text"), adapter={"dropout": 0.0}, checkpoint={"every": 4}))
+    assert main(["sft", recipe, f"output={tmp_path / 'one'}", "batch.micro=1"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert main(["sft", recipe, "batch.micro=1"]) == 75
+    printed = on_two_processes("sft", recipe, "batch.micro=1", "--resume", "must")
     assert printed.count("resuming after step 2") == 1
     one, two = tmp_path / "one", tmp_path / "run"
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
@@ -52,3 +58,24 @@ def test_two_gloo_processes_take_over_a_run_and_end_where_one_does(
     assert found.found is not None and found.found.step == 8 and not found.skipped
     names = {path.name for path in found.found.folder.iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
+
+
+def test_the_last_step_of_a_pass_counts_each_row_once(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """51 rows in batches of 16: the last has 3, of which the second process gets none."""
+    changes = {
+        "adapter": {"dropout": 0.0},
+        "data": {"packing": False, "holdout": 9},
+        "optim": {"max_steps": None, "epochs": 2},
+        "batch": {"size": 16, "micro": 4},
+        "evaluation": {"every": 100},
+        "samples": {"prompts": [], "held_out": 0},
+    }
+    recipe = str(write_recipe(tmp_path, tiny("gemma3_text"), **changes))
+    assert main(["sft", recipe, f"output={tmp_path / 'one'}"]) == 0
+    on_two_processes("sft", recipe)
+    one, two = tmp_path / "one", tmp_path / "run"
+    assert len(losses(one)) == 8
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    figures = [document(run / "run.json")["results"] for run in (one, two)]
+    for key in ("tokens_seen", "tokens_trained"):
+        assert figures[0][key] == figures[1][key]

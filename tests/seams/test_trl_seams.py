@@ -265,6 +265,7 @@ def test_the_overridden_methods_still_exist_with_these_signatures() -> None:
         SFTTrainer: ("_send_telemetry", "_save_checkpoint", "evaluate", "log", "compute_loss"),
         Trainer: (
             "get_batch_samples",
+            "_get_num_items_in_batch",
             "_clip_grad_norm",
             "_load_from_checkpoint",
             "_save_optimizer_and_scheduler",
