@@ -87,6 +87,7 @@ def run_sft(
         earlier = folder.saved_record()
         if search.found and earlier.get("status") == "finished":
             console.print(f"the run in {folder.path} is finished", highlight=False)
+            leave_together(plan)
             return dict(earlier["results"])
         with memory_errors(plan):
             model = load_model(plan, materials)
@@ -94,13 +95,26 @@ def run_sft(
         folder.open(recipe_text=recipe_text, plan=plan, record=describe(plan, materials, identity), resumed=search)
         wait_for_all(plan)
         run = Run(plan, materials, model, folder, identity, search.found, signals, console)
-        return run.execute()
+        results = run.execute()
+        leave_together(plan)
+        return results
 
 
 def wait_for_all(plan: Plan) -> None:
     """A barrier of all processes; nothing where there is one."""
     if plan.machine.get("world_size", 1) > 1:
         PartialState(cpu=plan.machine["device"] == "cpu").wait_for_everyone()
+
+
+def leave_together(plan: Plan) -> None:
+    """Let no process end before all are done, and without its process group.
+
+    A process that leaves with an open group may abort, and the launcher then kills the others, one of which still
+    writes the result.
+    """
+    wait_for_all(plan)
+    if plan.machine.get("world_size", 1) > 1:
+        PartialState().destroy_process_group()
 
 
 def gather(plan: Plan) -> Materials:
