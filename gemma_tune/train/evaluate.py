@@ -185,14 +185,20 @@ def stop_rate(found: Sequence[Answer]) -> float | None:
 
 
 def sample_prompts(texts: Sequence[str], held_out: Sequence[Example], count: int) -> list[Prompt]:
-    """The fixed prompts of the recipe, then the first user turns of the first `count` held-out rows.
+    """The fixed prompts of the recipe, then the first user turns of `count` held-out rows, none of them twice.
 
     Where the held-out rows are plain documents, the fixed prompts are beginnings of documents too.
     """
     documents = bool(held_out) and all(isinstance(example, Document) for example in held_out)
     fixed = [Prompt(text, Document(text) if documents else Conversation((Message("user", text),))) for text in texts]
-    drawn = (prompt_of(example) for example in held_out)
-    chosen = [prompt for prompt in drawn if prompt is not None][:count]
+    chosen: list[Prompt] = []
+    for example in held_out:
+        if len(chosen) == count:
+            break
+        prompt = prompt_of(example)
+        # Real dialogues often open with the same words, and the answer to the same prompt says nothing new.
+        if prompt is not None and all(prompt.example != other.example for other in fixed + chosen):
+            chosen.append(prompt)
     return fixed + chosen
 
 

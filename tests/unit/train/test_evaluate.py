@@ -185,5 +185,8 @@ def test_fixed_prompts_first_then_as_many_held_out_as_asked() -> None:
     rows = [Conversation((Message("user", str(n)), Message("model", "x"))) for n in range(5)]
     found = sample_prompts(["fixed"], rows, 2)
     assert [(prompt.label, prompt.held_out) for prompt in found] == [("fixed", False), ("0", True), ("1", True)]
+    openings = [Conversation((Message("user", "Hello!"), Message("model", str(n)))) for n in range(3)] + rows
+    labels = [prompt.label for prompt in sample_prompts(["1"], openings, 3)]
+    assert labels == ["1", "Hello!", "0", "2"], "the same prompt is shown once"
     [text, _] = sample_prompts(["Once upon"], [Document("a b c d e f g h")], 1)
     assert text.example == Document("Once upon"), "among documents a fixed prompt is a beginning too"
