@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from gemma_tune.errors import UserError
-from gemma_tune.gemma.conversation import Conversation, Document, Message
+from gemma_tune.gemma.conversation import Conversation, Document, Message, Preference
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.gemma4 import check_gemma4, without_thoughts, write_gemma4
 from gemma_tune.gemma.pieces import By, Piece, Script, Token
@@ -43,6 +43,21 @@ class Rendered:
     ids: list[int]
     trained: list[int]
     turns: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPair:
+    """A prompt and two answers to it as token ids.
+
+    Attributes:
+        prompt: what the model is given, one BOS first and the opening of its turn last.
+        chosen, rejected: what it emits, the token at which it stops last. `prompt + chosen` is the beginning of the
+            rendered conversation; only the newline behind a turn end is missing, which no model has to write.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
 
 
 def render(conversation: Conversation, family: Family, encoder: Encoder, train_on: TrainOn = "model_turns") -> Rendered:
@@ -84,6 +99,45 @@ def render_prompt(conversation: Conversation, family: Family, encoder: Encoder) 
     return _assemble(script, family, _encode([script], family, encoder), "model_turns").ids
 
 
+def render_preferences(preferences: Sequence[Preference], family: Family, encoder: Encoder) -> list[RenderedPair]:
+    """Pairs, with one call of the encoder for all of them.
+
+    Raises:
+        UserError: the generation's template refuses a pair (`check_preference` says why).
+    """
+    scripts: list[list[Piece]] = []
+    for preference in preferences:
+        reason = check_preference(preference, family)
+        if reason is not None:
+            raise UserError(reason, fix="set data.fix_roles, or correct the row")
+        scripts += _pair_scripts(preference, family)
+    encoded = _encode(scripts, family, encoder)
+    pairs = []
+    for place in range(0, len(scripts), 3):
+        prompt, *sides = (_assemble(script, family, encoded, "model_turns") for script in scripts[place : place + 3])
+        if any(side.ids[: len(prompt.ids)] != prompt.ids for side in sides):
+            raise RuntimeError(f"the encoder joins the prompt with its answer: {prompt.ids[-8:]}")
+        chosen, rejected = (side.ids[len(prompt.ids) : side.turns[-1]] for side in sides)
+        pairs.append(RenderedPair(prompt.ids, chosen, rejected))
+    return pairs
+
+
+def check_preference(preference: Preference, family: Family) -> str | None:
+    """Why this generation cannot render the pair; None where it can."""
+    for name, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+        reason = check_conversation(preference.conversation(answer), family)
+        if reason is not None:
+            return f"{name}: {reason}"
+    reason = check_conversation(preference.conversation(), family)
+    if reason is not None:
+        return f"prompt: {reason}"
+    prompt, chosen, rejected = _pair_scripts(preference, family)
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not _begins_with(side, prompt):
+            return f"{name}: {family.label} is not prompted for this answer: its prompt already says something else"
+    return None
+
+
 def check_conversation(conversation: Conversation, family: Family) -> str | None:
     """Why this generation cannot render the conversation; None where it can."""
     if not conversation.messages:
@@ -109,6 +163,30 @@ def written_text(message: Message, family: Family) -> str:
     if family.thinking and message.role == "model":
         return without_thoughts(message.content)
     return message.content.strip()
+
+
+def _pair_scripts(preference: Preference, family: Family) -> list[list[Piece]]:
+    """The prompt, and both whole conversations."""
+    return [
+        _write(preference.conversation(), family, prompt=True),
+        _write(preference.conversation(preference.chosen), family),
+        _write(preference.conversation(preference.rejected), family),
+    ]
+
+
+def _begins_with(script: Sequence[Piece], prompt: Sequence[Piece]) -> bool:
+    """Whether the ids of `script` begin with those of `prompt`.
+
+    Gemma 4 opens a thought in some of its prompts, behind the answer of a tool. An answer goes on from there if it has
+    a thought as well, and if that does not begin with a newline, which would be one token with the newline before it.
+    """
+    *before, last = prompt
+    if [piece.value for piece in before] != [piece.value for piece in script[: len(before)]]:
+        return False
+    text = script[len(before)].value
+    if isinstance(last.value, Token) or text == last.value:
+        return text == last.value
+    return not isinstance(text, Token) and text.startswith(last.value) and text[len(last.value)] != "\n"
 
 
 def _wrong_role(index: int, messages: Sequence[Message], family: Family) -> str:

@@ -57,4 +57,30 @@ class Document:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, of which the first is the better.
+
+    Attributes:
+        prompt: turns before the answers; the last one is not the model's.
+        chosen, rejected: the answers, each one model turn.
+        tools, thinking: as in `Conversation`.
+        margin: by how much the chosen answer was rated higher; None where the row holds no ratings.
+        group: rows that share it stay on one side of the holdout; empty for the first user turn.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: Message
+    rejected: Message
+    tools: tuple[Mapping[str, Any], ...] = field(default=())
+    thinking: bool = False
+    margin: float | None = None
+    group: str = ""
+
+    def conversation(self, answer: Message | None = None) -> Conversation:
+        """The prompt, followed by `answer` where one is given."""
+        turns = self.prompt if answer is None else (*self.prompt, answer)
+        return Conversation(turns, tools=self.tools, thinking=self.thinking)
+
+
 Example = Conversation | Document
