@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import datasets
-import pyarrow as pa
 
+from gemma_tune.data.arrow import fingerprint, int_lists, make_dataset, values
 from gemma_tune.data.mix import read_examples
 from gemma_tune.data.policies import Drop, Policies
 from gemma_tune.data.report import DataReport, Tally
@@ -21,21 +19,25 @@ from gemma_tune.data.stream import Stream
 from gemma_tune.data.tokens import IGNORED, Documents, TrainRow, tokenise
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.chat import Encoder, TrainOn
-from gemma_tune.gemma.conversation import Example
+from gemma_tune.gemma.conversation import Example, Preference
 from gemma_tune.gemma.families import Family
+
+E = TypeVar("E", bound=Example | Preference)
 
 FORMAT = 1
 """Raised when the same recipe and data would give other rows than before: it is part of the fingerprint."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Generic[E]):
     """What a run trains on.
 
     Attributes:
-        train: rows of `input_ids`, `labels` (-100 carries no loss) and, where packed, `position_ids`.
-        held_out: rows of `input_ids` and `labels`, one a conversation; several for a text that was split.
-        held_out_examples: the conversations and texts of `held_out`, each once, in its order.
+        train: rows of `input_ids`, `labels` (-100 carries no loss) and, where packed, `position_ids`. Of pairs: rows of
+            `prompt_ids`, `chosen_ids`, `rejected_ids` and, where wanted, `margin`.
+        held_out: rows of `input_ids` and `labels`, one a conversation; several for a text that was split. Of pairs:
+            rows as in `train`.
+        held_out_examples: the conversations and texts, or the pairs, of `held_out`, each once, in its order.
         report: what was read, repaired, dropped.
         fingerprint: sha256 over the settings, the contents and the tokens. Of a stream: over its settings and its
             held-out rows only.
@@ -43,7 +45,7 @@ class Prepared:
 
     train: datasets.Dataset | datasets.IterableDataset
     held_out: datasets.Dataset
-    held_out_examples: list[Example]
+    held_out_examples: list[E]
     report: DataReport
     fingerprint: str
 
@@ -69,7 +71,7 @@ def build(
     workers: int = 1,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Prepared:
+) -> Prepared[Example]:
     """Read, repair, tokenise, split and pack. The keywords are those of `recipe.schema.Data`.
 
     The same arguments and contents give the same rows in the same order, in every process.
@@ -86,7 +88,7 @@ def build(
         "format": FORMAT,
         "family": family.name,
         "template": family.template_sha256,
-        "sources": [_identity(source) for source in sources],
+        "sources": [source_identity(source) for source in sources],
         "max_length": max_length,
         "packing": packing,
         "train_on": train_on,
@@ -112,7 +114,8 @@ def build(
             seed=seed,
         )
         return _prepare_stream(stream, settings)
-    tally, spool, documents = Tally(), Spool(), Documents()
+    tally, documents = Tally(), Documents()
+    spool: Spool[Example] = Spool()
     groups: list[bytes] = []
     origins: list[int] = []  # of each document: the number of its example in the spool
     kept = read_examples(sources, family, policies, tally, deduplicate=deduplicate, seed=seed)
@@ -132,33 +135,25 @@ def build(
             progress(len(spool))
     if not groups:
         raise nothing_left(tally)
-    order = list(range(len(groups)))
-    if shuffle:
-        random.Random(f"shuffle {seed}").shuffle(order)
-    held = hold_out(groups, holdout, seed)
-    if len(held) > (wanted := wanted_rows(holdout, len(groups))):
-        tally.remarks.append(
-            f"{len(held):,} rows are held out, not {wanted:,}: rows of one text, or with one first user turn, stay "
-            "together, and there is no smaller group"
-        )
+    order, held = split(groups, holdout, shuffle, seed, tally)
     held_order = [index for index in order if index in held]
     rows = documents.training_rows([index for index in order if index not in held], max_length, packing)
     train, train_digest = _dataset(rows, packing)
     held_out, held_digest = _dataset((documents.row(index) for index in held_order), packed=False)
     examples = [spool[origin] for origin in dict.fromkeys(origins[index] for index in held_order)]
-    digest = _fingerprint(settings, spool.sha256(), train_digest, held_digest)
+    digest = fingerprint(settings, spool.sha256(), train_digest, held_digest)
     spool.close()
     return Prepared(train, held_out, examples, _report(tally, train, held_out, len(order), max_length), digest)
 
 
-def _prepare_stream(stream: Stream, settings: Mapping[str, Any]) -> Prepared:
+def _prepare_stream(stream: Stream, settings: Mapping[str, Any]) -> Prepared[Example]:
     tally, documents, examples = stream.held_out()
     features = _features(stream.packing)
     train = datasets.IterableDataset.from_generator(stream.training_rows, features=features)
     held_out, digest = _dataset((documents.row(index) for index in range(len(documents))), packed=False)
     tally.remarks.append("streaming: the counts are those of the held-out rows; the training rows are not read yet")
     report = tally.report(held_out=len(held_out))
-    return Prepared(train, held_out, examples, report, _fingerprint(settings, digest))
+    return Prepared(train, held_out, examples, report, fingerprint(settings, digest))
 
 
 def nothing_left(tally: Tally) -> UserError:
@@ -168,6 +163,26 @@ def nothing_left(tally: Tally) -> UserError:
         where="data.sources",
         fix="raise data.max_length, change the policy that drops them, or correct the data",
     )
+
+
+def split(
+    groups: Sequence[bytes], holdout: float, shuffle: bool, seed: int, tally: Tally
+) -> tuple[list[int], set[int]]:
+    """The order of all rows, and which of them are held out; a remark where that is more than was asked for.
+
+    Raises:
+        UserError: as `hold_out`.
+    """
+    order = list(range(len(groups)))
+    if shuffle:
+        random.Random(f"shuffle {seed}").shuffle(order)
+    held = hold_out(groups, holdout, seed)
+    if len(held) > (wanted := wanted_rows(holdout, len(groups))):
+        tally.remarks.append(
+            f"{len(held):,} rows are held out, not {wanted:,}: rows of one text, of one group, or with one first user "
+            "turn, stay together, and there is no smaller group"
+        )
+    return order, held
 
 
 def _whole(holdout: float) -> int:
@@ -180,65 +195,25 @@ def _whole(holdout: float) -> int:
     return int(holdout)
 
 
-def _identity(source: Mapping[str, Any]) -> dict[str, Any]:
+def source_identity(source: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a source decides about its rows: part of the fingerprint."""
     keys = ("name", "format", "columns", "subset", "split", "revision", "weight", "limit")
     return {key: source[key] for key in keys if source.get(key)}
 
 
 def _features(packed: bool) -> datasets.Features:
-    names = ["input_ids", "labels", *(["position_ids"] if packed else [])]
-    return datasets.Features({name: datasets.Sequence(datasets.Value("int32")) for name in names})
+    return int_lists(["input_ids", "labels", *(["position_ids"] if packed else [])])
 
 
 def _dataset(rows: Iterable[TrainRow], packed: bool) -> tuple[datasets.Dataset, str]:
-    """Rows as an Arrow table, and the sha256 of its tokens and labels.
-
-    Built batch by batch: Python lists of all tokens would take eight times the memory. The hash is handed to the
-    dataset, which would otherwise pickle the whole table to make one.
-    """
-    schema = _features(packed).arrow_schema
-    batches = [pa.record_batch([_column(batch, name) for name in schema.names], schema) for batch in _batches(rows)]
-    table = pa.Table.from_batches(batches, schema)
-    digest = hashlib.sha256()
-    for name in ("input_ids", "labels"):
-        for chunk in table.column(name).chunks:
-            for values in (chunk.value_lengths(), chunk.flatten()):
-                digest.update(values.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-    return datasets.Dataset(table, fingerprint=digest.hexdigest()[:16]), digest.hexdigest()
-
-
-def _column(batch: Sequence[TrainRow], name: str) -> pa.Array:
-    return pa.array([row[name] for row in batch], type=pa.list_(pa.int32()))
-
-
-def _batches(rows: Iterable[TrainRow], size: int = 1000) -> Iterator[list[TrainRow]]:
-    batch: list[TrainRow] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _flat(table: Any, name: str) -> Iterator[pa.Array]:
-    """The values of a list column without its row borders, chunk by chunk."""
-    for chunk in table.column(name).chunks:
-        yield chunk.flatten()
-
-
-def _fingerprint(settings: Mapping[str, Any], *digests: str) -> str:
-    return hashlib.sha256(json.dumps([settings, *digests], sort_keys=True).encode()).hexdigest()
+    return make_dataset(rows, _features(packed), hashed=("input_ids", "labels"))
 
 
 def _report(
     tally: Tally, train: datasets.Dataset, held: datasets.Dataset, documents: int, max_length: int
 ) -> DataReport:
-    tokens = sum(len(values) for values in _flat(train.data, "input_ids"))
-    trained = sum(
-        int((values.to_numpy(zero_copy_only=False) != IGNORED).sum()) for values in _flat(train.data, "labels")
-    )
+    tokens = sum(len(ids) for ids in values(train, "input_ids"))
+    trained = sum(int((labels != IGNORED).sum()) for labels in values(train, "labels"))
     return tally.report(
         documents=documents - len(held),
         held_out=len(held),

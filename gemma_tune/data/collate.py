@@ -66,6 +66,46 @@ class Collator:
         return batch["input_ids"].numel() - padding
 
 
+class PairCollator:
+    """Pads the sequences of pairs to the longest of the batch, on the right; the chosen half comes first.
+
+    The layout is that of TRL's `DataCollatorForPreference` for DPO, which RewardTrainer's is a part of.
+
+    Args:
+        pad_id: id of the padding token.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """B rows of `prompt_ids`, `chosen_ids`, `rejected_ids` (lists) -> tensors, T the longest sequence.
+
+        Returns:
+            `input_ids`, `attention_mask` and `completion_mask` (1 on the tokens of the answers), int64, (2B, T): row b
+            is the prompt of pair b with its chosen answer, row B + b with its rejected one. Where the rows have them:
+            `margin`, `ref_chosen_logps`, `ref_rejected_logps`, float32, (B,).
+
+        Raises:
+            KeyError: a row lacks what the first one has.
+        """
+        sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+        width = max(len(prompt) + len(answer) for prompt, answer in sides)
+        batch = {
+            "input_ids": _padded([[*prompt, *answer] for prompt, answer in sides], width, self.pad_id),
+            "attention_mask": _padded([[1] * (len(prompt) + len(answer)) for prompt, answer in sides], width, 0),
+            "completion_mask": _padded([[0] * len(prompt) + [1] * len(answer) for prompt, answer in sides], width, 0),
+        }
+        for name in ("margin", "ref_chosen_logps", "ref_rejected_logps"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        return batch
+
+    def tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Tokens of `batch` without its padding, both sequences of a pair counted: an int64 scalar on its device."""
+        return batch["attention_mask"].sum()
+
+
 def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
     padded = torch.full((len(rows), width), value, dtype=torch.long)
     for index, row in enumerate(rows):

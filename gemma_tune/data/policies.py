@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from gemma_tune.data.cells import RowError
 from gemma_tune.gemma.chat import check_conversation, written_text
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
+from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, Preference
 from gemma_tune.gemma.families import Family
+
+E = TypeVar("E", bound=Example | Preference)
 
 ON_BAD_ROW = "data.on_bad_row: drop"
 
@@ -30,10 +32,10 @@ class Policies:
 
 
 @dataclass(frozen=True, slots=True)
-class Repaired:
-    """An example that can be rendered, and the names of what was done to it (empty if nothing was)."""
+class Repaired(Generic[E]):
+    """What can be rendered, and the names of what was done to it (empty if nothing was)."""
 
-    example: Example
+    example: E
     repairs: tuple[str, ...] = ()
 
 
@@ -48,7 +50,7 @@ Turn = tuple[int, Message]
 """A turn with its number in the row, from 1, so that a message names the turn that the user can see."""
 
 
-def apply_policies(example: Example, family: Family, policies: Policies) -> Repaired | Drop:
+def apply_policies(example: Example, family: Family, policies: Policies) -> Repaired[Example] | Drop:
     """Make `example` one that `family` can be shown.
 
     Raises:
@@ -236,7 +238,7 @@ def _alternating(turns: list[Turn], family: Family, policies: Policies, repairs:
         elif policies.fix_roles == "drop":
             raise _Dropped("roles do not alternate")
         elif policies.fix_roles == "merge":
-            merged[-1] = (merged[-1][0], _joined(before, message))
+            merged[-1] = (merged[-1][0], joined(before, message))
         else:
             raise RowError(
                 f"turn {number} is '{message.role}' after '{before.role}'; "
@@ -258,5 +260,6 @@ def _alternating(turns: list[Turn], family: Family, policies: Policies, repairs:
     return merged
 
 
-def _joined(first: Message, second: Message) -> Message:
+def joined(first: Message, second: Message) -> Message:
+    """Two turns of one role as one, with a blank line between them."""
     return replace(first, content=f"{first.content.strip()}\n\n{second.content.strip()}")

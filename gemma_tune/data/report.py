@@ -8,6 +8,20 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class PairFigures:
+    """The answers of the training pairs. A length that gives the better answer away is soon all that is learnt.
+
+    Attributes:
+        chosen_tokens, rejected_tokens: mean tokens of the answers, their end token counted.
+        chosen_longer: share of pairs whose chosen answer is the longer one; a pair of equal lengths counts one half.
+    """
+
+    chosen_tokens: float
+    rejected_tokens: float
+    chosen_longer: float
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """The data of a run in numbers.
 
@@ -18,12 +32,15 @@ class DataReport:
         noted: rows by peculiarity that changes nothing (text that looks like a control token).
         first: name of a repair, drop or note -> the first row that had it.
         remarks: one sentence each.
-        held_out: conversations and plain texts that are held out; a text that was split counts by its pieces.
+        held_out: conversations and plain texts that are held out; a text that was split counts by its pieces. Pairs,
+            where the rows are pairs.
         documents: those that are trained, counted alike; like all that follows, None where they are streamed.
         rows: training rows: packs, or documents where packing is off.
-        tokens: tokens in the training rows, padding not counted.
-        trained_tokens: those of them that carry loss.
-        fill: tokens / (rows * max_length); how full the packs are.
+        tokens: tokens in the training rows, padding not counted. Of a pair: in its two sequences, so that the prompt
+            counts twice.
+        trained_tokens: those of them that carry loss. Of a pair: those of its answers.
+        fill: tokens / (rows * max_length); how full the packs are. None where the rows are pairs.
+        pairs: None where the rows are no pairs.
     """
 
     read: Mapping[str, int]
@@ -38,6 +55,7 @@ class DataReport:
     tokens: int | None = None
     trained_tokens: int | None = None
     fill: float | None = None
+    pairs: PairFigures | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +69,14 @@ class DataReport:
                 yield f"{count:,} {what}: {name} (first: {self.first[name]})"
         if self.rows is None:
             yield f"{self.held_out:,} held out; the training rows are read as a stream"
+        elif self.pairs is not None:
+            yield f"{self.rows:,} training pairs, {self.held_out:,} held out"
+            yield f"{self.tokens:,} tokens in two sequences a pair, {self.trained_tokens:,} of them in the answers"
+            figures = self.pairs
+            yield (
+                f"answers on average: chosen {figures.chosen_tokens:.1f} tokens, rejected "
+                f"{figures.rejected_tokens:.1f}; the chosen one is longer in {figures.chosen_longer:.0%} of the pairs"
+            )
         else:
             yield (
                 f"{self.documents:,} documents in {self.rows:,} training rows ({self.fill:.0%} full), "

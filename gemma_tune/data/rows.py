@@ -6,13 +6,13 @@ no file, no `datasets`, no tokenizer. A row that does not have its shape raises 
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.data.cells import Row, RowError, as_list, as_text, kind_of, listed
+from gemma_tune.data.columns import SYNONYMS, renamed, suggest_columns
 from gemma_tune.data.messages import openai_message, sharegpt_message, system_turn, thinking_of, tools_of, turns_of
 from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, Role
 
@@ -28,22 +28,6 @@ class Shape:
 
 SHAPES: dict[str, Shape] = {}
 """In order of detection: `ultrachat_200k` has `prompt` beside `messages`, so `messages` comes first."""
-
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    "messages": ("conversation", "dialogue", "dialog", "chat", "turns", "msgs"),
-    "conversations": ("conversation", "items"),
-    "prompt": ("question", "query", "input", "instruction", "user"),
-    "completion": ("response", "answer", "output", "assistant", "target", "reply"),
-    "instruction": ("question", "prompt", "query"),
-    "input": ("context",),
-    "system": ("system_prompt",),
-    "output": ("response", "answer", "completion"),
-    "text": ("content", "document", "body", "sentence"),
-    "quote": ("text",),
-    "author": ("by", "name"),
-    "data": ("dialogue", "turns"),
-}
-"""Our column name -> names under which public sets keep the same thing. Only used to suggest `data.sources.columns`."""
 
 
 def _shape(name: str, *required: str) -> Callable[[Callable[[Row], Example]], Callable[[Row], Example]]:
@@ -66,6 +50,8 @@ def detect_format(columns: Collection[str]) -> str:
     for shape in SHAPES.values():
         if all(column in columns for column in shape.required):
             return shape.name
+    if {"chosen", "rejected"}.issubset(columns):
+        raise _holds_pairs(columns)
     known = "; ".join(f"{shape.name} ({', '.join(shape.required)})" for shape in SHAPES.values())
     raise RowError(
         f"the columns {listed(columns)} fit no known shape: {known}",
@@ -74,10 +60,22 @@ def detect_format(columns: Collection[str]) -> str:
     )
 
 
+def _holds_pairs(columns: Collection[str]) -> RowError:
+    answer = "completion" if "prompt" in columns else "messages"
+    return RowError(
+        f"the rows hold pairs of answers (chosen, rejected): this is a set for reward and dpo; "
+        f"columns found: {listed(columns)}",
+        fix=f"set stage: dpo or reward, or train on the better answers: data.sources.columns: {{{answer}: chosen}}",
+        kind="pairs of answers",
+    )
+
+
 def _detected(row: Row) -> str:
     """As `detect_format`. Sets that were joined have the columns of both, of which one row fills only its own."""
     filled = {name for name, value in row.items() if value is not None}
     fits = [shape.name for shape in SHAPES.values() if filled.issuperset(shape.required)]
+    if fits[:1] == ["sharegpt"] and filled.issuperset(("chosen", "rejected")):
+        raise _holds_pairs(row)  # there the conversation ends before the answers
     return fits[0] if fits else detect_format(row)
 
 
@@ -96,15 +94,19 @@ def normalise(row: Any, format: str = "auto", columns: Mapping[str, str] | None 
         return row
     if not isinstance(row, Mapping):
         raise RowError(f"the row is {kind_of(row)}, not an object with columns", kind="row is not an object")
-    row = _renamed(row, columns or {})
+    row = renamed(row, columns or {})
     if format != "auto" and format not in SHAPES:
-        raise RowError(f"unknown format {format!r}; known: {', '.join(SHAPES)}")
+        raise RowError(
+            f"format {format!r} is none of conversations and texts; those are: {', '.join(SHAPES)}",
+            fix="set data.sources.format: auto, or stage: dpo or reward for pairs of answers",
+            kind="unknown format",
+        )
     shape = SHAPES[_detected(row) if format == "auto" else format]
     missing = [column for column in shape.required if column not in row]
     if missing:
         raise RowError(
             f"no column {missing[0]!r}; columns found: {listed(row)}",
-            fix=_suggest_columns(missing, row) or f"name it in data.sources.columns: {{{missing[0]}: ...}}",
+            fix=suggest_columns(missing, row) or f"name it in data.sources.columns: {{{missing[0]}: ...}}",
             kind=f"no column {missing[0]!r}",
         )
     try:
@@ -255,32 +257,6 @@ def _author(author: str) -> str:
     return name.strip() or "Unknown"
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    if not columns:
-        return row
-    absent = [theirs for theirs in columns.values() if theirs not in row]
-    if absent:
-        near = difflib.get_close_matches(absent[0], [str(name) for name in row], 1)
-        raise RowError(
-            f"no column {absent[0]!r}; columns found: {listed(row)}",
-            fix=f"did you mean {near[0]!r}?" if near else "correct data.sources.columns",
-            kind=f"no column {absent[0]!r}",
-        )
-    kept = {name: value for name, value in row.items() if name not in columns.values()}
-    return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
-
-
-def _suggest_columns(missing: Iterable[str], found: Collection[str]) -> str:
-    pairs = []
-    for column in missing:
-        candidates = [name for name in SYNONYMS.get(column, ()) if name in found]
-        candidates += difflib.get_close_matches(column, [str(name) for name in found], 1)
-        if not candidates:
-            return ""
-        pairs.append(f"{column}: {candidates[0]}")
-    return f"set data.sources.columns: {{{', '.join(pairs)}}}"
-
-
 def _suggest_rename(found: Collection[str]) -> str:
     """For the shape of which a column is there already, else for the first that fits.
 
@@ -291,7 +267,7 @@ def _suggest_rename(found: Collection[str]) -> str:
         optional = ("system", "input") if shape.name == "alpaca" else ("system",)
         if missing:
             missing += [ours for ours in optional if ours not in found and any(n in found for n in SYNONYMS[ours])]
-        suggestion = _suggest_columns(missing, found)
+        suggestion = suggest_columns(missing, found)
         if suggestion:
             return suggestion
     return ""

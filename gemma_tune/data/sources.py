@@ -15,14 +15,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from gemma_tune.data import rows
+from gemma_tune.data import preferences, rows
 from gemma_tune.data.cells import SourceRow
 from gemma_tune.data.files import read_file, suffix_of
 from gemma_tune.errors import GemmaTuneError, UserError
-from gemma_tune.gemma.conversation import Conversation, Document, Example
+from gemma_tune.gemma.conversation import Conversation, Document, Example, Preference
 from gemma_tune.recipe.shipped import sample_file
+
+Wanted = Literal["examples", "preferences"]
+"""What a stage makes of its rows: conversations and documents (sft), or pairs of answers (reward, dpo)."""
+Read = TypeVar("Read", bound=Callable[..., Example | Preference])
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +36,18 @@ class Named:
     name: str
     hub: str
     split: str
-    read: Callable[[Mapping[str, Any]], Example]
+    holds: Wanted
+    read: Callable[[Mapping[str, Any]], Example | Preference]
 
 
 NAMED: dict[str, Named] = {}
 
 
-def named(name: str, *, hub: str, split: str = "train") -> Callable[[Callable[..., Example]], Callable[..., Example]]:
-    """Register a set under `name`. The function below the decorator turns one row into an example."""
+def named(name: str, *, hub: str, split: str = "train", holds: Wanted = "examples") -> Callable[[Read], Read]:
+    """Register a set under `name`. The function below the decorator turns one row into what the set holds."""
 
-    def register(read: Callable[..., Example]) -> Callable[..., Example]:
-        NAMED[name] = Named(name, hub, split, read)
+    def register(read: Read) -> Read:
+        NAMED[name] = Named(name, hub, split, holds, read)
         return read
 
     return register
@@ -66,10 +71,27 @@ def english_quotes(row: Mapping[str, Any]) -> Example:
     return rows.quotes(row)
 
 
-UNTRAINABLE_SPLITS: dict[str, str] = {
-    "HuggingFaceH4/ultrachat_200k": r"_gen$",
+@named("ultrafeedback", hub="HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", holds="preferences")
+def ultrafeedback(row: Mapping[str, Any]) -> Preference:
+    """UltraFeedback (MIT): columns `prompt`, `chosen`, `rejected` (whole chats), `score_chosen`, `score_rejected`."""
+    return preferences.preference(row)
+
+
+@named("hh_rlhf", hub="Anthropic/hh-rlhf", holds="preferences")
+def hh_rlhf(row: Mapping[str, Any]) -> Preference:
+    """Helpful and harmless dialogues (MIT) as text: columns `chosen`, `rejected`."""
+    return preferences.dialogue_preference(row)
+
+
+UNTRAINABLE_SPLITS: dict[tuple[str, Wanted], tuple[str, str]] = {
+    ("HuggingFaceH4/ultrachat_200k", "examples"): (r"_gen$", "_sft"),
+    ("HuggingFaceH4/ultrafeedback_binarized", "examples"): (r"_gen$", "_sft"),
+    ("HuggingFaceH4/ultrafeedback_binarized", "preferences"): (r"_(gen|sft)$", "_prefs"),
 }
-"""Hub id -> pattern of splits whose rows end with a user turn: they are prompts to generate from."""
+"""Hub id, what is wanted -> pattern of splits that are made for something else, and what to write in its place.
+
+Rows of `_gen` are prompts to generate from, those of `_sft` are made for sft.
+"""
 
 
 @dataclass
@@ -84,31 +106,34 @@ class Opened:
 
     label: str
     rows: Iterator[SourceRow]
-    to_example: Callable[[Any], Example] = field(repr=False)
+    to_example: Callable[[Any], Example | Preference] = field(repr=False)
 
     def __iter__(self) -> Iterator[SourceRow]:
         return self.rows
 
 
-def open_source(source: Mapping[str, Any], *, streaming: bool = False) -> Opened:
+def open_source(source: Mapping[str, Any], *, wanted: Wanted = "examples", streaming: bool = False) -> Opened:
     """Open what a recipe calls a source.
 
     Args:
         source: the keys of `recipe.schema.Source`; only `name` is needed.
+        wanted: what its rows are read as.
         streaming: read a hub set over the network, row by row, instead of downloading it first.
 
     Raises:
-        UserError: the name is no set, file, hub id or function; a file cannot be read.
+        UserError: the name is no set, file, hub id or function; the set holds something else; a file cannot be read.
         AccessError: the hub cannot be reached or refuses.
     """
     name = source["name"]
     known = NAMED.get(name)
+    if known and known.holds != wanted:
+        raise _other_stage(known)
     if re.match(r"https?://", name):
         raise UserError(f"{name!r} is an address", where="data.sources", fix="download the file and give its path")
     if ".py:" in name or name.endswith(".py"):
         label, found = name, _function_rows(name)
     elif known:
-        label, found = name, _hub_rows(known.hub, name, known.split, source, streaming)
+        label, found = name, _hub_rows(known.hub, name, known.split, source, wanted, streaming)
     elif name.startswith("sample:"):
         _no_hub_keys(name, source)
         label, found = name, read_file(sample_file(name.removeprefix("sample:")))
@@ -116,21 +141,33 @@ def open_source(source: Mapping[str, Any], *, streaming: bool = False) -> Opened
         _no_hub_keys(name, source)
         label, found = name, read_file(name)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        label, found = name, _hub_rows(name, name, "train", source, streaming)
+        label, found = name, _hub_rows(name, name, "train", source, wanted, streaming)
     else:
         raise _unknown(name)
     limit = source.get("limit")
-    return Opened(label, islice(found, limit) if limit else found, _reader(source, known))
+    return Opened(label, islice(found, limit) if limit else found, _reader(source, known, wanted))
 
 
-def _reader(source: Mapping[str, Any], known: Named | None) -> Callable[[Any], Example]:
+def _reader(source: Mapping[str, Any], known: Named | None, wanted: Wanted) -> Callable[[Any], Example | Preference]:
     format, columns = source.get("format") or "auto", dict(source.get("columns") or {})
     if known and format == "auto" and not columns:
         return partial(_read_named, known)
+    if wanted == "preferences":
+        return partial(preferences.normalise_pair, format=format, columns=columns)
     return partial(rows.normalise, format=format, columns=columns)
 
 
-def _read_named(known: Named, row: Any) -> Example:
+def _other_stage(known: Named) -> UserError:
+    pairs = known.holds == "preferences"
+    others = ", ".join(one.name for one in NAMED.values() if one.holds != known.holds)
+    return UserError(
+        f"{known.name!r} holds {'pairs of answers: a set for reward and dpo' if pairs else 'no pairs: a set for sft'}",
+        where="data.sources",
+        fix=f"set stage: {'dpo or reward' if pairs else 'sft'}, or name another set: {others}",
+    )
+
+
+def _read_named(known: Named, row: Any) -> Example | Preference:
     try:
         return known.read(row)
     except KeyError as error:
@@ -160,14 +197,17 @@ def _no_hub_keys(name: str, source: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------- hub
 
 
-def _hub_rows(hub: str, label: str, split: str, source: Mapping[str, Any], streaming: bool) -> Iterator[SourceRow]:
+def _hub_rows(
+    hub: str, label: str, split: str, source: Mapping[str, Any], wanted: Wanted, streaming: bool
+) -> Iterator[SourceRow]:
     split = source.get("split") or split
-    pattern = UNTRAINABLE_SPLITS.get(hub)
+    pattern, instead = UNTRAINABLE_SPLITS.get((hub, wanted), ("", ""))
     if pattern and re.search(pattern, split):
+        what = "prompts without an answer" if split.endswith("_gen") else "conversations for sft"
         raise UserError(
-            f"split {split!r} of {hub} holds prompts without an answer: nothing to train on",
+            f"split {split!r} of {hub} holds {what}: nothing to train on",
             where=f"data.sources: {label}",
-            fix=f"set split: {re.sub(pattern, '_sft', split)}",
+            fix=f"set split: {re.sub(pattern, instead, split)}",
         )
     return _load_hub(hub, label, split, source.get("subset"), source.get("revision"), streaming)
 
@@ -261,7 +301,9 @@ def _module(path: Path) -> Any:
 def _called(function: Callable[[], Any], path: Path, name: str) -> Iterator[SourceRow]:
     try:
         found = function()
-        if isinstance(found, (str, bytes, Mapping, Conversation, Document)) or not hasattr(found, "__iter__"):
+        if isinstance(found, (str, bytes, Mapping, Conversation, Document, Preference)) or not hasattr(
+            found, "__iter__"
+        ):
             raise UserError(
                 f"{name} returned {type(found).__name__}, not rows", where=str(path), fix="yield one dict per row"
             )

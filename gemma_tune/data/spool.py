@@ -10,13 +10,15 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from gemma_tune.data.cells import RowError
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, ToolCall
+from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, Preference, ToolCall
+
+E = TypeVar("E", bound=Example | Preference)
 
 
-def to_json(example: Example) -> str:
+def to_json(example: Example | Preference) -> str:
     """One line, the same for equal examples in every process.
 
     Raises:
@@ -25,7 +27,7 @@ def to_json(example: Example) -> str:
     if isinstance(example, Document):
         row: dict[str, Any] = {"text": example.text}
     else:
-        row = {"messages": [_message(message) for message in example.messages]}
+        row = _turns(example)
         if example.tools:
             row["tools"] = list(example.tools)
         if example.thinking:
@@ -36,6 +38,21 @@ def to_json(example: Example) -> str:
         raise RowError(f"holds what is not JSON: {error}", kind="value that is not JSON") from error
 
 
+def _turns(example: Conversation | Preference) -> dict[str, Any]:
+    if isinstance(example, Conversation):
+        return {"messages": [_message(message) for message in example.messages]}
+    row: dict[str, Any] = {
+        "prompt": [_message(message) for message in example.prompt],
+        "chosen": _message(example.chosen),
+        "rejected": _message(example.rejected),
+    }
+    if example.margin is not None:
+        row["margin"] = example.margin
+    if example.group:
+        row["group"] = example.group
+    return row
+
+
 def _message(message: Message) -> dict[str, Any]:
     # Only what is there: nearly all messages have a role and a content.
     row = {f.name: value for f in fields(message) if (value := getattr(message, f.name)) is not None and value != ()}
@@ -44,20 +61,26 @@ def _message(message: Message) -> dict[str, Any]:
     return row
 
 
-def from_json(line: str) -> Example:
+def from_json(line: str) -> Example | Preference:
     """The inverse of `to_json`."""
     row = json.loads(line)
     if "text" in row:
         return Document(row["text"])
-    messages = []
-    for item in row["messages"]:
-        calls = tuple(ToolCall(**call) for call in item.pop("tool_calls", ()))
-        messages.append(Message(**item, tool_calls=calls))
-    return Conversation(tuple(messages), tuple(row.get("tools", ())), row.get("thinking", False))
+    tools, thinking = tuple(row.get("tools", ())), row.get("thinking", False)
+    if "messages" in row:
+        return Conversation(tuple(map(_read_message, row["messages"])), tools, thinking)
+    chosen, rejected = _read_message(row["chosen"]), _read_message(row["rejected"])
+    prompt = tuple(map(_read_message, row["prompt"]))
+    return Preference(prompt, chosen, rejected, tools, thinking, row.get("margin"), row.get("group", ""))
 
 
-class Spool:
-    """Append examples, then read them back by number or in order."""
+def _read_message(item: dict[str, Any]) -> Message:
+    calls = tuple(ToolCall(**call) for call in item.pop("tool_calls", ()))
+    return Message(**item, tool_calls=calls)
+
+
+class Spool(Generic[E]):
+    """Append examples of one kind, then read them back by number or in order."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="gemma-tune-")  # noqa: SIM115 (lives as long as the spool)
@@ -68,21 +91,21 @@ class Spool:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def append(self, example: Example) -> None:
+    def append(self, example: E) -> None:
         line = to_json(example).encode("utf-8") + b"\n"
         self._hash.update(line)
         self._file.write(line)
         self._starts.append(self._end)
         self._end += len(line)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> E:
         self._file.seek(self._starts[index])
-        return from_json(self._file.readline().decode("utf-8"))
+        return cast(E, from_json(self._file.readline().decode("utf-8")))
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[E]:
         self._file.seek(0)
         for line in self._file:
-            yield from_json(line.decode("utf-8"))
+            yield cast(E, from_json(line.decode("utf-8")))
 
     def sha256(self) -> str:
         """Of all examples in order."""

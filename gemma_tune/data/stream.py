@@ -87,7 +87,7 @@ class Stream:
             elif one.group not in held:
                 yield fitted
 
-    def _fitted(self, tally: Tally) -> Iterator[tuple[Kept, Fitted]]:
+    def _fitted(self, tally: Tally) -> Iterator[tuple[Kept[Example], Fitted]]:
         kept = read_examples(
             self.sources,
             self.family,
@@ -111,10 +111,10 @@ class Stream:
                 yield one, piece
 
 
-def _buffered(kept: Iterable[Kept], size: int, seed: int) -> Iterator[Kept]:
+def _buffered(kept: Iterable[Kept[Example]], size: int, seed: int) -> Iterator[Kept[Example]]:
     """Shuffle within a buffer of `size` rows; a buffer of one keeps the order."""
     draw = random.Random(f"shuffle {seed}")
-    buffer: list[Kept] = []
+    buffer: list[Kept[Example]] = []
     for one in kept:
         if len(buffer) < size:
             buffer.append(one)

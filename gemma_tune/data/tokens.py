@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,8 +17,11 @@ from gemma_tune.data.pack import pack
 from gemma_tune.data.policies import Drop, Policies
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.chat import Encoder, Rendered, TrainOn, render_many
-from gemma_tune.gemma.conversation import Document
+from gemma_tune.gemma.conversation import Document, Example, Preference
 from gemma_tune.gemma.families import Family
+
+E = TypeVar("E", bound=Example | Preference)
+R = TypeVar("R")
 
 IGNORED = -100
 """Label of a token that carries no loss (torch's cross entropy)."""
@@ -83,7 +86,7 @@ def _pieces(rendered: Rendered, max_length: int) -> list[Fitted]:
 
 
 def tokenise(
-    kept: Iterable[Kept],
+    kept: Iterable[Kept[Example]],
     family: Family,
     encoder: Encoder,
     policies: Policies,
@@ -91,7 +94,7 @@ def tokenise(
     max_length: int,
     train_on: TrainOn,
     workers: int = 1,
-) -> Iterator[tuple[Kept, list[Fitted] | Drop]]:
+) -> Iterator[tuple[Kept[Example], list[Fitted] | Drop]]:
     """Every example with its rows (more than one for a document that was split), in order.
 
     Lazy: reads a few chunks ahead.
@@ -99,7 +102,11 @@ def tokenise(
     Raises:
         UserError: an example is too long and `policies.on_overlong` is `error`.
     """
-    for chunk, rendered in _render(_chunks(kept), family, encoder, train_on, workers):
+
+    def render(examples: Sequence[Example]) -> list[Rendered]:
+        return render_many(examples, family, encoder, train_on)
+
+    for chunk, rendered in in_chunks(kept, render, workers):
         for one, row in zip(chunk, rendered, strict=True):
             try:
                 yield one, fit(row, max_length, policies.on_overlong, document=isinstance(one.example, Document))
@@ -108,31 +115,32 @@ def tokenise(
                 raise UserError(str(error), where=one.where, fix=fix) from None
 
 
-def _chunks(kept: Iterable[Kept]) -> Iterator[list[Kept]]:
-    rows = iter(kept)
-    while chunk := list(islice(rows, CHUNK)):
-        yield chunk
-
-
-def _render(
-    chunks: Iterator[list[Kept]], family: Family, encoder: Encoder, train_on: TrainOn, workers: int
-) -> Iterator[tuple[list[Kept], list[Rendered]]]:
+def in_chunks(
+    kept: Iterable[Kept[E]], render: Callable[[Sequence[E]], list[R]], workers: int = 1
+) -> Iterator[tuple[list[Kept[E]], list[R]]]:
+    """What is kept, chunk by chunk and in order, with what `render` makes of it."""
+    chunks = _chunks(kept)
     if workers == 1:
         for chunk in chunks:
-            yield chunk, render_many([one.example for one in chunk], family, encoder, train_on)
+            yield chunk, render([one.example for one in chunk])
         return
     # Threads: the encoder works outside of Python's lock, on all cores. A copy of it in another process would lose the
     # flag that keeps control tokens out of reach of text: `tokenizers` does not pickle it.
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[list[Kept], Future[list[Rendered]]]] = deque()
+        waiting: deque[tuple[list[Kept[E]], Future[list[R]]]] = deque()
         for chunk in chunks:
-            job = pool.submit(render_many, [one.example for one in chunk], family, encoder, train_on)
-            waiting.append((chunk, job))
+            waiting.append((chunk, pool.submit(render, [one.example for one in chunk])))
             if len(waiting) > 2 * workers:
                 first, result = waiting.popleft()
                 yield first, result.result()
         for first, result in waiting:
             yield first, result.result()
+
+
+def _chunks(kept: Iterable[Kept[E]]) -> Iterator[list[Kept[E]]]:
+    rows = iter(kept)
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
 
 
 class Documents:

@@ -110,7 +110,10 @@ def test_a_new_set_is_one_function(hub: dict[str, Any], monkeypatch: pytest.Monk
     [
         ("ultrachta", "did you mean 'ultrachat'?"),
         ("english_quote", "did you mean 'english_quotes'?"),
-        ("squad", "known sets: ultrachat, ultrachat_original, english_quotes; otherwise a hub id (owner/name)"),
+        (
+            "squad",
+            "known sets: ultrachat, ultrachat_original, english_quotes, ultrafeedback, hh_rlhf; otherwise a hub id",
+        ),
         ("https://example.org/x.zip", "download the file"),
         ("a/b/c", "no dataset"),
     ],
