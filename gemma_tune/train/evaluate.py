@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from gemma_tune.gemma.chat import Encoder, render_prompt
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
+from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, Preference
 from gemma_tune.gemma.families import Family
 
 DOCUMENT_PROMPT_WORDS = 6
@@ -42,6 +42,14 @@ class HeldOut:
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged."""
+        return {"loss": self.loss, "perplexity": self.perplexity, "token_accuracy": self.token_accuracy}
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in run.json."""
+        return self.metrics() | {"tokens": self.tokens, "rows": self.rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +100,34 @@ def held_out_loss(
         total: adds a tensor up over all processes.
         stop: asked before each batch; True gives up and returns None.
     """
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     sums = torch.zeros(3, dtype=torch.float64)
     with eval_mode(model):
-        # Each process runs the same number of forward passes (a sharded model gathers its weights in them); one that
-        # has nothing left repeats its share and does not count it.
-        for turn in range(math.ceil(len(batches) / world_size)):
+        for chosen, counts in shares([len(row["input_ids"]) for row in rows], batch_size, rank, world_size):
             if stop():
                 return None
-            place = turn * world_size + rank
-            batch = collate([rows[index] for index in batches[place % len(batches)]])
-            part = _score(model, batch)
-            if place < len(batches):
+            part = _score(model, collate([rows[index] for index in chosen]))
+            if counts:
                 sums += part
     log_prob, correct, tokens = total(sums).tolist()
     if not tokens:
         return None
     return HeldOut(-log_prob / tokens, correct / tokens, int(tokens), len(rows))
+
+
+def shares(lengths: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[list, bool]]:
+    """The batches of one process, longest rows first: (row numbers, whether they count).
+
+    Each process gets as many batches as any other, and in each turn batches of one size: what waits for all processes
+    (a sharded model, TRL's metrics) does not wait for ever. A batch that another process has as well counts there.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    whole = len(order) // batch_size
+    for turn in range(math.ceil(whole / world_size)):
+        place = turn * world_size + rank
+        start = place % whole * batch_size
+        yield order[start : start + batch_size], place < whole
+    if rest := order[whole * batch_size :]:
+        yield rest, rank == 0
 
 
 def _score(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -147,7 +165,7 @@ def answers(
             if stop():
                 break
             chosen = order[start : start + batch_size]
-            ids, mask = _pad_left([prompts[index] for index in chosen], family.pad_id)
+            ids, mask = pad_left([prompts[index] for index in chosen], family.pad_id)
             device = next(model.parameters()).device
             made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
             for index, row in zip(chosen, made[:, ids.shape[1] :].tolist(), strict=True):
@@ -184,7 +202,7 @@ def stop_rate(found: Sequence[Answer]) -> float | None:
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 
-def sample_prompts(texts: Sequence[str], held_out: Sequence[Example], count: int) -> list[Prompt]:
+def sample_prompts(texts: Sequence[str], held_out: Sequence[Example | Preference], count: int) -> list[Prompt]:
     """The fixed prompts of the recipe, then the first user turns of `count` held-out rows, none of them twice.
 
     Where the held-out rows are plain documents, the fixed prompts are beginnings of documents too.
@@ -202,8 +220,14 @@ def sample_prompts(texts: Sequence[str], held_out: Sequence[Example], count: int
     return fixed + chosen
 
 
-def prompt_of(example: Example) -> Prompt | None:
-    """The first user turn of a held-out row (with the system turn before it); None where it has no user turn."""
+def prompt_of(example: Example | Preference) -> Prompt | None:
+    """The first user turn of a held-out row (with the system turn before it); None where it has no user turn.
+
+    Of a pair the whole prompt, and the chosen answer as what could come next.
+    """
+    if isinstance(example, Preference):
+        last = example.prompt[-1].content
+        return Prompt(last, example.conversation(), held_out=True, reference=example.chosen.content)
     if isinstance(example, Document):
         words = example.text.split(" ")
         head = " ".join(words[:DOCUMENT_PROMPT_WORDS])
@@ -256,7 +280,7 @@ def lent_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
         owner.generation_config = own
 
 
-def _pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """([rows, longest] ids, the same shape of 0/1): each row ends at the right edge."""
     longest = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])

@@ -57,13 +57,16 @@ _FREE = {
 }
 
 
-def identity_of(plan: Plan, *, fingerprint: str, revision: str | None, world_size: int = 1) -> dict[str, Any]:
+def identity_of(
+    plan: Plan, *, fingerprint: str, revision: str | None, start: str | None = None, world_size: int = 1
+) -> dict[str, Any]:
     """A flat dictionary `section.key -> JSON value`.
 
     Args:
         plan: the plan of the run.
         fingerprint: of the prepared data.
         revision: of the base model, as resolved (commit or content hash); None where it has none.
+        start: content hash of the adapter that the training begins with.
         world_size: processes that share the global batch.
     """
     flat: dict[str, Any] = {"stage": plan.stage, "family": plan.family}
@@ -74,6 +77,9 @@ def identity_of(plan: Plan, *, fingerprint: str, revision: str | None, world_siz
     flat["batch.size"] = micro * (trainer.get("gradient_accumulation_steps") or 1) * world_size
     flat["model.revision"] = revision
     flat["data.fingerprint"] = fingerprint
+    if start is not None:
+        flat["adapter.start"] = start
+        flat["adapter.mode"] = (plan.values("session").get("adapter") or {}).get("mode")
     return json.loads(json.dumps(flat, sort_keys=True, default=str))
 
 

@@ -22,10 +22,10 @@ TILE_BYTES = 128 * 2**20
 
 
 class FrozenHeadLogProbs(torch.autograd.Function):
-    """log p(label), entropy and top-1 hit of each position, and d log p / d hidden, tile by tile.
+    """log p(label), entropy, top-1 hit and mean logit of each position, and d log p / d hidden, tile by tile.
 
-    Shapes: hidden [T, D], weight [V, D] (frozen), labels [T] int64. Returns log_probs [T] fp32, entropy [T] fp32
-    (nats, not differentiable) and is_top1 [T] bool.
+    Shapes: hidden [T, D], weight [V, D] (frozen), labels [T] int64. Returns log_probs [T] fp32, and without a gradient
+    entropy [T] fp32 (nats), is_top1 [T] bool and mean_logits [T] fp32 (over the vocabulary, after the soft cap).
 
     With z = hidden @ weight.T, logits l = c tanh(z / c) where a soft cap c is given (Gemma 2, 3n, 4), p = softmax(l):
     d log p_y / d hidden = sum_v (1[v = y] - p_v) (1 - (l_v / c)^2) weight_v.
@@ -34,10 +34,10 @@ class FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = hidden.shape[0]
         log_probs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(log_probs)
+        entropy, mean_logits = torch.empty_like(log_probs), torch.empty_like(log_probs)
         is_top1 = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         tile = max(1, TILE_BYTES // (4 * weight.shape[0]))
@@ -48,6 +48,7 @@ class FrozenHeadLogProbs(torch.autograd.Function):
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             is_top1[part] = logits.argmax(-1) == label[:, 0]
+            mean_logits[part] = logits.mean(-1)
             slope = 1 - (logits / softcap).square_() if softcap is not None and gradient is not None else None
             logits -= logits.logsumexp(-1, keepdim=True)  # log-probabilities from here on
             log_probs[part] = logits.gather(-1, label)[:, 0]
@@ -62,8 +63,8 @@ class FrozenHeadLogProbs(torch.autograd.Function):
                 weights *= slope
             gradient[part] = weights.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(entropy, is_top1)
-        return log_probs, entropy, is_top1
+        ctx.mark_non_differentiable(entropy, is_top1, mean_logits)
+        return log_probs, entropy, is_top1, mean_logits
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
@@ -107,12 +108,13 @@ def use_frozen_head(model: PreTrainedModel) -> bool:
         mask = labels != -100
         scored = FrozenHeadLogProbs.apply(hidden[mask], model.get_output_embeddings().weight, labels[mask], softcap)
         # `masked_scatter` keeps a batch without any trained token connected to the graph, with a zero gradient.
-        log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scored)
+        log_probs, entropy, is_top1, mean = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scored)
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / mask.sum().clamp(min=1),
             log_probs=log_probs,
             entropy=entropy,
             is_top1=is_top1,
+            mean_logits=mean,
             label_mask=mask,
         )
 

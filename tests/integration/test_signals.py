@@ -82,11 +82,11 @@ def test_a_signal_during_an_evaluation_cuts_it_short_and_saves(recipe: Path, mon
 def test_a_signal_during_the_first_samples_leaves_at_once(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gemma_tune.train import sft
+    from gemma_tune.train import run as runs
     from gemma_tune.train.sft_trainer import SftTrainer
 
     trained: list[int] = []
-    before(monkeypatch, sft, "answers", send(signal.SIGTERM))
+    before(monkeypatch, runs, "answers", send(signal.SIGTERM))
     before(monkeypatch, SftTrainer, "training_step", lambda *_: trained.append(1))
     assert main(["sft", str(recipe)]) == 75
     assert trained == []
@@ -97,9 +97,9 @@ def test_a_signal_during_the_first_samples_leaves_at_once(
 
 
 def test_a_signal_before_the_model_is_ready_leaves_no_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemma_tune.train import sft
+    from gemma_tune.train import run as runs
 
-    before(monkeypatch, sft, "load_base", send(signal.SIGTERM))
+    before(monkeypatch, runs, "load_base", send(signal.SIGTERM))
     assert main(["sft", str(recipe)]) == 75
     assert not (recipe.parent / "run").exists()
 

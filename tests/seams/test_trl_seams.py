@@ -21,6 +21,7 @@ from gemma_tune.models.lora import attach
 from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.train.session import RunFolder
 from gemma_tune.train.sft_trainer import SftTrainer
+from gemma_tune.train.trainer import RunTrainer, Surroundings
 from gemma_tune.train.signals import Signals
 
 GENERATIONS = (
@@ -77,17 +78,14 @@ def config(folder: Path, **changes: Any) -> SFTConfig:
 def trainer_of(model: Any, tiny_folder: Path, name: str, tmp_path: Path, rows: Dataset, **changes: Any) -> SftTrainer:
     family = family_of_tiny(name)
     folder = RunFolder(tmp_path, resume="never")
+    around = Surroundings(folder=folder, keep=1, identity={}, signals=Signals(), held_out=rows)
     return SftTrainer(
         model=model,
         tokenizer=load_tokenizer(str(tiny_folder), None, family),
         collator=Collator(family.pad_id),
         train=rows,
-        held_out=rows,
         config=config(tmp_path, **changes),
-        folder=folder,
-        keep=1,
-        identity={},
-        signals=Signals(),
+        around=around,
     )
 
 
@@ -276,7 +274,7 @@ def test_the_overridden_methods_still_exist_with_these_signatures() -> None:
     }.items():
         for name in names:
             assert callable(getattr(owner, name)), name
-    assert {name for name in vars(SftTrainer) if hasattr(SFTTrainer, name)} >= {
+    assert {name for kind in (SftTrainer, RunTrainer) for name in vars(kind) if hasattr(SFTTrainer, name)} >= {
         "_send_telemetry",
         "get_batch_samples",
         "_clip_grad_norm",

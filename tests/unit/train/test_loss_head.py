@@ -25,12 +25,15 @@ def test_log_probs_entropy_and_gradient_are_those_of_autograd(softcap, tile_rows
     per_token = torch.randn(7)
     monkeypatch.setattr(loss_head, "TILE_BYTES", tile_rows * 4 * 50)
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    log_probs, entropy, is_top1 = FrozenHeadLogProbs.apply(ours, weight, labels, softcap)
+    log_probs, entropy, is_top1, mean_logits = FrozenHeadLogProbs.apply(ours, weight, labels, softcap)
     expected = reference(theirs, weight, labels, softcap)
     own = expected.gather(-1, labels[:, None])[:, 0]
     torch.testing.assert_close(log_probs.double(), own, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), atol=1e-5, rtol=1e-5)
     assert is_top1.tolist() == (expected.argmax(-1) == labels).tolist()
+    logits = hidden.double() @ weight.double().T
+    capped = logits if softcap is None else softcap * (logits / softcap).tanh()
+    torch.testing.assert_close(mean_logits.double(), capped.mean(-1), atol=1e-5, rtol=1e-5)
     (log_probs * per_token).sum().backward()
     (own * per_token.double()).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
@@ -44,7 +47,7 @@ def test_the_gradient_of_a_well_predicted_token_is_not_rounded_away(softcap, mos
     near = torch.nn.functional.normalize(weight[labels].float(), dim=-1)
     hidden = (torch.linspace(4, most, 32)[:, None] * near + 0.3 * torch.randn(32, 64)).bfloat16()
     ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    log_probs, _, _ = FrozenHeadLogProbs.apply(ours, weight, labels, softcap)
+    log_probs, *_ = FrozenHeadLogProbs.apply(ours, weight, labels, softcap)
     log_probs.sum().backward()
     expected = reference(theirs, weight.double(), labels, softcap).gather(-1, labels[:, None])[:, 0]
     expected.sum().backward()

@@ -1,0 +1,260 @@
+"""What every trainer of ours changes about the Trainer below it. Each override says why.
+
+A stage's trainer is TRL's, with this class before it: `class DpoTrainer(RunTrainer, DPOTrainer)`. TRL keeps the loop,
+the data order, the loss and the optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PrinterCallback, Trainer
+
+from gemma_tune.errors import TrainingError, UserError
+from gemma_tune.models.lora import keep_fp32
+from gemma_tune.train import checkpoint
+from gemma_tune.train.callbacks import Clock
+from gemma_tune.train.session import RunFolder
+from gemma_tune.train.signals import Signals
+from gemma_tune.train.weights import load_weights, write_weights
+
+
+class Figures(Protocol):
+    """Figures of the held-out rows: what is logged, and what stands in run.json."""
+
+    def metrics(self) -> dict[str, float]: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a run gives its trainer beside model, rows and configuration.
+
+    Attributes:
+        folder: where checkpoints go; opened.
+        keep: checkpoints that are kept.
+        identity: written into each checkpoint (`train.identity`).
+        signals: asked during an evaluation, which a stop cuts short.
+        held_out: rows for `evaluate`; may be empty.
+        progress: counters of the checkpoint that the run continues from.
+    """
+
+    folder: RunFolder
+    keep: int
+    identity: Mapping[str, Any]
+    signals: Signals
+    held_out: Sequence[Mapping[str, Any]] = ()
+    progress: Mapping[str, Any] | None = None
+
+
+class RunTrainer(Trainer):
+    """Counting, evaluation, the finite guard and checkpoints, the same for every stage."""
+
+    model: Any
+    data_collator: Any
+    train_dataset: Any
+
+    def settle(self, around: Surroundings) -> None:
+        """The rest of `__init__`, once TRL's is done.
+
+        Raises:
+            UserError: the launcher shards the model.
+        """
+        # A NaN must be seen: the filter logs the average of earlier losses in its place.
+        self.args.logging_nan_inf_filter = False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "FSDP and DeepSpeed are not supported: each process would save its own shard as if it were the whole",
+                where="accelerate launch",
+                fix="start with torchrun, or with accelerate launch --multi_gpu: every process holds the whole model",
+            )
+        # TRL casts the adapters of a quantised base to bf16, which cannot hold small updates of A.
+        if self.plain_model() is not self.model:
+            keep_fp32(self.model)
+        self.remove_callback(PrinterCallback)
+        progress = around.progress or {}
+        self.clock = Clock(progress.get("train_seconds", 0.0))
+        self._tokens_before = (progress.get("tokens_seen", 0), progress.get("tokens_trained", 0))
+        self._tokens = torch.zeros(2, dtype=torch.int64, device=self.args.device)
+        self.counters: dict[str, Any] = {}
+        self._rows: list[Mapping[str, torch.Tensor]] = []
+        self._held_out = around.held_out
+        self._folder = around.folder
+        self._keep = around.keep
+        self._identity = around.identity
+        self._signals = around.signals
+        self.last_evaluation: Figures | None = None
+        self.evaluated_at = -1
+
+    def plain_model(self) -> Any:
+        """The base, without its adapter; the model itself in a full fine-tune."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+    # --- what a stage fills in ----------------------------------------------------------------------------------------
+
+    def batch_tokens(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens seen, tokens with loss) of one batch, int64 scalars."""
+        raise NotImplementedError
+
+    def score_held_out(self, rows: Sequence[Mapping[str, Any]]) -> Figures | None:
+        """Figures of the held-out rows; None where there are none, or a stop is asked for."""
+        raise NotImplementedError
+
+    # --- counting -----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Count the tokens of the coming step, and keep its rows for the report of a non-finite loss."""
+        rows, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in rows:
+            self._tokens += torch.stack(self.batch_tokens(batch)).to(self._tokens.device)
+        self._rows = rows
+        return rows, items
+
+    def count(self) -> dict[str, Any]:
+        """Bring `counters` up to date. Every process must call this together.
+
+        `tokens_seen`, `tokens_trained` (those of them with loss), `train_seconds`, `tokens_per_second`: of the whole
+        run, a resumed one included.
+        """
+        here = self.accelerator.reduce(self._tokens, "sum") if self.args.world_size > 1 else self._tokens
+        seen, trained = (before + int(now) for before, now in zip(self._tokens_before, here.tolist(), strict=True))
+        seconds = self.clock.seconds
+        self.counters = {
+            "tokens_seen": seen,
+            "tokens_trained": trained,
+            "train_seconds": round(seconds, 3),
+            "tokens_per_second": round(seen / seconds, 1) if seconds > 0 else None,
+        }
+        return self.counters
+
+    # --- the finite guard ---------------------------------------------------------------------------------------------
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Stop before the optimizer takes a non-finite step: the weights stay as they were."""
+        norm = super()._clip_grad_norm(model)
+        # Under fp16 a GradScaler skips a step with an infinite gradient by itself; there only the loss counts.
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if not torch.isfinite(self._tr_loss):
+            self._report_non_finite("the loss")
+        if not scaled and not math.isfinite(float(norm)):
+            self._report_non_finite("the gradient norm")
+        return norm
+
+    def _report_non_finite(self, what: str) -> None:
+        step = self.state.global_step + 1
+        rows = [ids for batch in self._rows for ids in batch["input_ids"].tolist()]
+        if self.is_world_process_zero():
+            text = json.dumps({"step": step, "what": what, "input_ids": rows})
+            checkpoint.write_atomically(self._folder.path / "non_finite.json", text)
+        raise TrainingError(
+            f"{what} of step {step:,} is not finite; nothing was updated by it",
+            where=str(self._folder.path / "non_finite.json"),
+            fix="lower optim.learning_rate or change model.precision; look at the rows of that step, in this file",
+        )
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The stage's figures over the held-out rows, as `eval_...`.
+
+        The Trainer's own takes the mean of batch means, in which a token of a short row weighs more.
+        """
+        with self.clock.paused():
+            found = self.score_held_out(self._held_out if eval_dataset is None else eval_dataset)
+        self.count()
+        metrics: dict[str, float] = {}
+        if found is not None:
+            self.last_evaluation, self.evaluated_at = found, self.state.global_step
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics().items()}
+            # Past TRL's log: it would mix in, and forget, the training metrics since the last line.
+            Trainer.log(self, dict(metrics))
+        if self._stop_alone():
+            self.control.should_save = self.control.should_training_stop = True
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _stop_alone(self) -> bool:
+        """Of several processes none may leave by itself: the others would wait for it. They agree after the step."""
+        return self.args.world_size == 1 and self._signals.requested is not None
+
+    def _total(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size == 1:
+            return sums
+        return self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.count()
+        super().log(logs, start_time)
+        # The whole history goes into every checkpoint; metrics.jsonl has it already.
+        del self.state.log_history[:-1]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """All that a bit-equal continuation needs, in one atomic folder; no model card, tokenizer or pickled args."""
+        step = self.state.global_step
+        self.store_flos()
+        with self.clock.paused(), checkpoint.disk_errors(self._folder.path / f"checkpoint-{step}"):
+            self._refuse_non_finite_weights()
+            progress = self.count()
+            staging = self._folder.path / f".staging-{step}"
+            if self.args.should_save:
+                checkpoint.open_staging(self._folder.path, step)
+            self.accelerator.wait_for_everyone()
+            self.write_weights(staging)
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / "trainer_state.json"))
+            # Rename on one process, once every process has written its part.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.commit(staging, self._folder.path, step, identity=self._identity, progress=progress)
+                checkpoint.rotate(self._folder.path, self._keep)
+            self.accelerator.wait_for_everyone()
+
+    def write_weights(self, folder: Path) -> None:
+        """The trained weights, on the process that saves."""
+        if self.args.should_save:
+            write_weights(self.model, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load what `write_weights` wrote, every tensor of it and no other: the Trainer's own only warns."""
+        load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _refuse_non_finite_weights(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise TrainingError(
+                    f"{name} is not finite at step {self.state.global_step:,}; it is not saved",
+                    where=str(self._folder.path),
+                    fix="lower optim.learning_rate; the last checkpoint is intact",
+                )
+
+
+Agree = Callable[[bool], bool]
+
+
+def agreement(trainer: RunTrainer) -> Agree:
+    """A function that is True on every process as soon as it is True on one."""
+
+    def agree(flag: bool) -> bool:
+        if trainer.args.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag), device=trainer.args.device)
+        return bool(trainer.accelerator.reduce(votes, "sum") > 0)
+
+    return agree
