@@ -11,11 +11,8 @@ from typing import Any
 MIN_TURNS = 6
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """Dialogues of two speakers and at least six turns, one row each; the second speaker becomes the assistant.
-
-    Yields `{"prompt": str, "prompt_id": sha256 hex of prompt, "messages": [{"content": str, "role": str}, ...]}`.
-    """
+def dialogues() -> Iterator[list[str]]:
+    """The turns of each dialogue of two speakers who take at least six turns; the one who began speaks first."""
     from chitchat_dataset import Dataset
 
     for dialogue in Dataset().values():
@@ -25,12 +22,21 @@ def rows() -> Iterator[dict[str, Any]]:
             (sender, " ".join(line["text"].strip() for line in said))
             for sender, said in groupby(lines, key=lambda line: line["sender"])
         ]
-        if len({sender for sender, _ in turns}) != 2 or len(turns) < MIN_TURNS:
-            continue
-        turns = turns[: len(turns) // 2 * 2]  # a last question without an answer teaches nothing
-        messages = [
-            {"content": text, "role": "user" if index % 2 == 0 else "assistant"}
-            for index, (_, text) in enumerate(turns)
-        ]
-        prompt = messages[0]["content"]
-        yield {"prompt": prompt, "prompt_id": hashlib.sha256(prompt.encode()).hexdigest(), "messages": messages}
+        if len({sender for sender, _ in turns}) == 2 and len(turns) >= MIN_TURNS:
+            yield [text for _, text in turns]
+
+
+def messages(turns: list[str]) -> list[dict[str, str]]:
+    """Turns as messages: the first speaker is the user, the second one becomes the assistant."""
+    return [{"content": text, "role": "user" if index % 2 == 0 else "assistant"} for index, text in enumerate(turns)]
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """One row a dialogue.
+
+    Yields `{"prompt": str, "prompt_id": sha256 hex of prompt, "messages": [{"content": str, "role": str}, ...]}`.
+    """
+    for turns in dialogues():
+        kept = messages(turns[: len(turns) // 2 * 2])  # a last question without an answer teaches nothing
+        prompt = turns[0]
+        yield {"prompt": prompt, "prompt_id": hashlib.sha256(prompt.encode()).hexdigest(), "messages": kept}

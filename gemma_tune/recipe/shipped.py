@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,8 +109,8 @@ def find_shipped(name: str, folder: Path | None = None) -> Shipped:
 def copy_shipped(name: str, destination: str | Path | None = None, folder: Path | None = None) -> list[Path]:
     """Copy the shipped recipe `name` to a file or into a folder (default: the working directory).
 
-    A Python file that the recipe names as `recipes/FILE.py` goes along, and what the recipe calls `recipes/FILE` is
-    called by its new path in the copy, so that the copy runs where there is no recipes/ folder.
+    A Python file that the recipe, or such a file, names as `recipes/FILE.py` goes along, and what the recipe calls
+    `recipes/FILE` is called by its new path in the copy, so that the copy runs where there is no recipes/ folder.
 
     Returns:
         The new recipe first, then the files that it needs.
@@ -125,7 +126,7 @@ def copy_shipped(name: str, destination: str | Path | None = None, folder: Path 
     elif str(destination or "").endswith("/"):
         raise UserError("there is no such folder", where=str(destination), fix=f"mkdir -p {destination}")
     text = recipe.path.read_text("utf-8")
-    beside = [file for file in sorted(recipe.path.parent.glob("*.py")) if f"recipes/{file.name}" in text]
+    beside = _needed(text, sorted(recipe.path.parent.glob("*.py")))
     contents = {target.with_name(file.name): file.read_bytes() for file in beside}
     for path in (target, *contents):
         old = recipe.path.name if path == target else path.name
@@ -139,6 +140,13 @@ def copy_shipped(name: str, destination: str | Path | None = None, folder: Path 
     for path, content in files.items():
         _write_new(path, content)
     return [target, *contents]
+
+
+def _needed(text: str, files: Sequence[Path]) -> list[Path]:
+    """Those of `files` that a recipe names, and those that they name themselves."""
+    named = [file for file in files if f"recipes/{file.name}" in text]
+    more = "".join(file.read_text("utf-8") for file in named)
+    return [file for file in files if file in named or f"recipes/{file.name}" in more]
 
 
 def _renamed(text: str, old: str, new: str) -> str:

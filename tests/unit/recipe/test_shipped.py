@@ -125,6 +125,14 @@ def test_a_copy_brings_the_function_that_it_names(
     assert (here / "rows.py").read_text() == "precious" and not (here / "third.yaml").exists()
 
 
+def test_a_copy_brings_what_its_function_needs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "talks.py").write_text("")
+    (folder / "rows.py").write_text('"""Reads recipes/talks.py."""\n')
+    (folder / "own.yaml").write_text('name: "recipes/rows.py:rows"\n')
+    monkeypatch.chdir(tmp_path)
+    assert copy_shipped("own", folder=folder) == [Path("own.yaml"), Path("rows.py"), Path("talks.py")]
+
+
 @pytest.mark.parametrize("recipe", shipped_recipes(), ids=lambda recipe: recipe.name)
 def test_a_copy_of_any_recipe_needs_no_checkout(
     recipe: shipped.Shipped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
