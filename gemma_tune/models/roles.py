@@ -44,6 +44,12 @@ def speaking_as(model: PeftModel, adapters: Sequence[str]) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = names, disabled
 
 
+def speaking(model: PeftModel) -> list[str]:
+    """The adapters that the base speaks with now. PEFT's `active_adapters` looks at a copy that `speak_as` leaves."""
+    layer = next(tuner_layers(model))
+    return [] if layer._disable_adapters else list(layer.active_adapters)
+
+
 def tuner_layers(model: PeftModel) -> Iterator[BaseTunerLayer]:
     """The layers of `model` that carry adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -26,7 +26,7 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass(frozen=True, slots=True)
-class PairFigures:
+class DpoFigures:
     """Held-out pairs under the policy. Each pair weighs the same.
 
     Attributes:
@@ -120,9 +120,9 @@ class DpoTrainer(RunTrainer, DPOTrainer):
 
     # --- held-out pairs -----------------------------------------------------------------------------------------------
 
-    def score_held_out(self, rows: Sequence[Mapping[str, Any]]) -> PairFigures | None:
-        """`PairFigures` over the rows."""
-        names = [field for field in PairFigures.__dataclass_fields__ if field != "pairs"]
+    def score_held_out(self, rows: Sequence[Mapping[str, Any]]) -> DpoFigures | None:
+        """`DpoFigures` over the rows."""
+        names = [field for field in DpoFigures.__dataclass_fields__ if field != "pairs"]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)
         with eval_mode(self.model):
             for chosen, counts in self._shares(rows):
@@ -135,14 +135,14 @@ class DpoTrainer(RunTrainer, DPOTrainer):
         *values, pairs = self._total(sums).tolist()
         if not pairs:
             return None
-        return PairFigures(**dict(zip(names, (value / pairs for value in values), strict=True)), pairs=int(pairs))
+        return DpoFigures(**dict(zip(names, (value / pairs for value in values), strict=True)), pairs=int(pairs))
 
     def _shares(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
         return shares(lengths, self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size)
 
     def _score_pairs(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The sums of one batch, in the order of `PairFigures`, fp64."""
+        """The sums of one batch, in the order of `DpoFigures`, fp64."""
         inputs = self._prepare_inputs(batch)
         if REFERENCE_COLUMNS[0] not in inputs:
             inputs |= dict(zip(REFERENCE_COLUMNS, reference_log_probs(self.model, inputs), strict=True))
