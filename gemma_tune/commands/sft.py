@@ -17,6 +17,7 @@ from gemma_tune.plan.fit import require_fit
 from gemma_tune.plan.machine import named_machine, probe, world_size_of
 from gemma_tune.plan.memory import total
 from gemma_tune.plan.plan import make_plan
+from gemma_tune.plan.starts import start_of
 from gemma_tune.plan.types import Plan
 from gemma_tune.recipe import yaml
 from gemma_tune.recipe.reader import read_recipe_text
@@ -42,13 +43,14 @@ def run(recipe: str, overrides: list[str], resume: Resume = "never", machine: st
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)
     family, shape = model_facts(read.model.name, read.model.revision)
+    start = start_of(read, family)
     from gemma_tune.models.remedies import import_bitsandbytes
     from gemma_tune.train.session import RunFolder, is_first_process
 
     first = is_first_process()
     RunFolder(read.output, resume=resume, writes=first).check()  # before anything slow: libraries, data and weights
     here = named_machine(machine) if machine else probe(world_size_of(os.environ))
-    plan = make_plan(read, here, shape, family)
+    plan = make_plan(read, here, shape, family, start=start)
     require_fit(plan)
     if first:
         console.out(summary(plan))

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Shape
-from gemma_tune.plan.choices_model import BYTES, Precision, choose_attention
+from gemma_tune.plan.choices_model import BYTES, Precision, choose_attention, lora_choices
 from gemma_tune.plan.machine import GIB, Machine
 from gemma_tune.plan.memory import Workload, estimate, total
+from gemma_tune.plan.stages import continues
+from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
 
@@ -62,21 +64,34 @@ def most_processes(recipe: Recipe, machine: Machine) -> int:
 
 
 def workload(
-    recipe: Recipe, machine: Machine, family: Family, precision: Precision, optimizer: str, world_size: int
+    recipe: Recipe,
+    machine: Machine,
+    family: Family,
+    precision: Precision,
+    optimizer: str,
+    start: Start | None,
+    world_size: int,
 ) -> Workload:
     """What decides about memory, for one row in a pass and without recomputation."""
-    adapter = recipe.adapter
+    lora = lora_choices(recipe, family, start)
+    saved = start is not None and continues(recipe)
+    # A copy of what DPO begins with is its reference; an adapter below a new one is frozen in every stage.
+    frozen = start is not None and (recipe.stage == "dpo" or not saved)
+    silent = recipe.stage != "sft"
     return Workload(
+        stage=recipe.stage,
         device=machine.device,
         quantization=recipe.model.quantization,
         double_quantization=recipe.model.double_quantization,
         weight_bytes=BYTES[precision.weights],
         compute_bytes=BYTES[precision.compute],
         autocast=precision.autocast is not None,
-        rank=adapter.r if adapter else 0,
-        targets=adapter.targets if adapter else "all-linear",
-        dropout=bool(adapter and adapter.dropout),
-        dora=bool(adapter and adapter.dora),
+        rank=lora["r"].value if lora else 0,
+        targets=start.targets if start and saved else recipe.adapter.targets if recipe.adapter else "all-linear",
+        dropout=bool(lora and lora["lora_dropout"].value and not silent),
+        dora=bool(lora and lora["use_dora"].value),
+        frozen_rank=start.rank if start and frozen else 0,
+        frozen_targets=start.targets if start and frozen else "all-linear",
         optimizer=optimizer,
         rows=1,
         length=recipe.data.max_length,
@@ -96,7 +111,7 @@ def choose_batch(recipe: Recipe, machine: Machine, shape: Shape, work: Workload)
     size, processes = recipe.batch.size, work.world_size
     if recipe.batch.micro == "auto":
         rows = _powers_of_two(accumulation_steps(size, 1, processes))
-        rows = [row for row in rows if row == 1 or row * work.length <= MOST_TOKENS[work.device]]
+        rows = [row for row in rows if row == 1 or row * work.tokens <= MOST_TOKENS[work.device]]
     else:
         accumulation_steps(size, recipe.batch.micro, processes)
         rows = [recipe.batch.micro]
@@ -105,10 +120,17 @@ def choose_batch(recipe: Recipe, machine: Machine, shape: Shape, work: Workload)
     steps = accumulation_steps(size, work.rows, processes)
     return Batch(
         micro=_micro_reason(recipe, machine, shape, work, rows),
-        accumulation=Choice(steps, f"batch.size {size} = {processes} x {work.rows} x {steps}"),
+        accumulation=Choice(steps, f"batch.size {size} = {processes} x {work.rows} x {steps}{_of_pairs(work)}"),
         checkpointing=_checkpointing_reason(recipe, machine, shape, work, rows),
         work=work,
     )
+
+
+def _of_pairs(work: Workload) -> str:
+    """What a pass of pairs holds; empty where a row is one sequence."""
+    if work.sequences == work.rows:
+        return ""
+    return f" pairs; a pass holds {work.rows} {'pair' if work.rows == 1 else 'pairs'} x 2 sequences"
 
 
 def _powers_of_two(number: int) -> list[int]:
@@ -148,9 +170,9 @@ def _micro_reason(recipe: Recipe, machine: Machine, shape: Shape, work: Workload
     if work.rows < rows[-1]:
         return Choice(work.rows, f"the largest power of two that fits in {BUDGET:.0%} of the memory: {room}")
     share = recipe.batch.size // work.world_size
-    if work.rows * 2 * work.length > MOST_TOKENS[work.device] and share % (work.rows * 2) == 0:
+    if work.tokens * 2 > MOST_TOKENS[work.device] and share % (work.rows * 2) == 0:
         return Choice(work.rows, f"{work.tokens:,} tokens a pass keep a {_unit(work)} busy: {room}")
-    return Choice(work.rows, f"the largest power of two that divides {share} rows a process: {room}")
+    return Choice(work.rows, f"the largest power of two that divides {share} {work.unit}s a process: {room}")
 
 
 def _unit(work: Workload) -> str:
@@ -168,8 +190,9 @@ def _checkpointing_reason(recipe: Recipe, machine: Machine, shape: Shape, work: 
     fitting = [candidate.rows for candidate in plain if fits(shape, candidate, machine)]
     if fitting:
         return Choice(
-            True, f"without recomputation a pass would hold {fitting[-1]} of {work.rows} rows: too few to be fast"
+            True,
+            f"without recomputation a pass would hold {fitting[-1]} of {work.rows} {work.unit}s: too few to be fast",
         )
     need = gib(total(estimate(shape, plain[0])))
-    unit = "1 row needs" if plain[0].rows == 1 else f"{plain[0].rows} rows need"
+    unit = f"1 {work.unit} needs" if plain[0].rows == 1 else f"{plain[0].rows} {work.unit}s need"
     return Choice(True, f"without recomputation {unit} {need}, with {BUDGET:.0%} of {room} to use")

@@ -5,20 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel
-
 from gemma_tune.gemma.families import Family
 from gemma_tune.plan.machine import Machine
+from gemma_tune.plan.stages import continues, written
+from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Choice
-from gemma_tune.recipe.schema import Adapter, Recipe
+from gemma_tune.recipe.schema import Recipe
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-def written(section: BaseModel, key: str) -> Choice:
-    """The recipe's own value, with `recipe` or `default` as its reason."""
-    return Choice(getattr(section, key), "recipe" if key in section.model_fields_set else "default")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +88,11 @@ def choose_attention(recipe: Recipe, family: Family) -> Choice:
 def model_choices(recipe: Recipe, family: Family, precision: Precision) -> dict[str, Choice]:
     """Keywords of `models.load`."""
     model = recipe.model
-    text_only = written(model, "text_only")
+    text_only = written(recipe, "model.text_only")
     if model.text_only and family.text_model_type is None:
         text_only = Choice(True, f"recipe, without effect: {family.label} has no towers")
     return {
-        "name": written(model, "name"),
+        "name": written(recipe, "model.name"),
         "revision": Choice(
             model.revision, "recipe" if model.revision else "default: the newest; run.json records the commit"
         ),
@@ -115,7 +110,7 @@ def quantization_choices(recipe: Recipe, family: Family, precision: Precision) -
         return {
             "load_in_4bit": Choice(True, "model.quantization: nf4"),
             "bnb_4bit_quant_type": Choice("nf4", "QLoRA (arXiv 2305.14314): made for normally distributed weights"),
-            "bnb_4bit_use_double_quant": written(recipe.model, "double_quantization"),
+            "bnb_4bit_use_double_quant": written(recipe, "model.double_quantization"),
             "bnb_4bit_compute_dtype": Choice(precision.compute, precision.why),
             "bnb_4bit_quant_storage": Choice(
                 precision.weights, "FSDP shards packed weights only in the type of the others"
@@ -131,20 +126,31 @@ def quantization_choices(recipe: Recipe, family: Family, precision: Precision) -
     return {}
 
 
-def lora_choices(adapter: Adapter | None, family: Family) -> dict[str, Choice]:
-    """Keywords of `peft.LoraConfig`; empty for a full fine-tune."""
-    if adapter is None:
+def lora_choices(recipe: Recipe, family: Family, start: Start | None) -> dict[str, Choice]:
+    """Keywords of `peft.LoraConfig`; empty for a full fine-tune. An adapter that is continued keeps its own."""
+    if recipe.adapter is None:
         return {}
+    if start is not None and continues(recipe):
+        saved = f"of the adapter in {recipe.model.adapter}, which is trained on"
+        silent = "" if recipe.stage == "sft" else f"; switched off in {recipe.stage}"
+        return {
+            "r": Choice(start.rank, saved),
+            "lora_alpha": Choice(start.alpha, saved),
+            "lora_dropout": Choice(start.dropout, saved + silent),
+            "target_modules": Choice(start.target_modules, saved),
+            "use_rslora": Choice(start.rslora, saved),
+            "use_dora": Choice(start.dora, saved),
+        }
     return {
-        "r": written(adapter, "r"),
-        "lora_alpha": written(adapter, "alpha"),
-        "lora_dropout": written(adapter, "dropout"),
+        "r": written(recipe, "adapter.r"),
+        "lora_alpha": written(recipe, "adapter.alpha"),
+        "lora_dropout": written(recipe, "adapter.dropout"),
         "target_modules": Choice(
-            family.lora_targets[adapter.targets],
-            f"{adapter.targets} of the text decoder; a list of names reaches the towers",
+            family.lora_targets[recipe.adapter.targets],
+            f"{recipe.adapter.targets} of the text decoder; a list of names reaches the towers",
         ),
-        "use_rslora": written(adapter, "rslora"),
-        "use_dora": written(adapter, "dora"),
+        "use_rslora": written(recipe, "adapter.rslora"),
+        "use_dora": written(recipe, "adapter.dora"),
         "bias": Choice("none", "Gemma's linear layers have none"),
         "task_type": Choice("CAUSAL_LM", "what is trained"),
     }

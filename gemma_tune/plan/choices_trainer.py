@@ -1,4 +1,7 @@
-"""Every keyword that trl's SFTConfig receives. Names are those of trl 1.16 and transformers 5.23."""
+"""Every keyword that trl's SFTConfig, RewardConfig or DPOConfig receives: what the stages share.
+
+Names are those of trl 1.16 and transformers 5.23. What only pairs need stands in `choices_pairs`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from pathlib import PurePath
 from typing import Any
 
 from gemma_tune.plan.choices_batch import Batch
-from gemma_tune.plan.choices_model import Precision, written
+from gemma_tune.plan.choices_model import Precision
+from gemma_tune.plan.choices_pairs import NO_DROPOUT, REFERENCE, dpo_choices, pair_choices, reward_choices
 from gemma_tune.plan.machine import Machine
+from gemma_tune.plan.stages import has_pairs, written
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
 
@@ -17,22 +22,39 @@ _OWN_EVALUATION = "evaluation is ours: weighted by trained tokens"
 _NON_REENTRANT = "exact also where layers share keys and values; reentrant checkpointing is silently wrong there"
 _NON_FINITE = "a non-finite loss must be seen, not written down as 0"
 
-# SFTConfig keywords that `advanced.trainer` may not carry although no key of the recipe owns them (those that one owns:
-# recipe.names.OWNED_BY_RECIPE) -> why.
-FIXED: dict[str, str] = {
+_FIXED: dict[str, str] = {
     "activation_checkpointing": "memory.gradient_checkpointing decides it",
     "activation_checkpointing_kwargs": _NON_REENTRANT,
     "average_tokens_across_devices": "a token counts the same on every process",
     "eval_on_start": _OWN_EVALUATION,
     "label_names": _OWN_DATA,
-    "truncation_mode": _OWN_DATA,
     "trust_remote_code": "no code from a model folder is run",
     "hub_token": "secrets do not belong in recipes",
 }
+_FIXED_OF_STAGE: dict[str, dict[str, str]] = {
+    "sft": {"truncation_mode": _OWN_DATA},
+    "reward": {"disable_dropout": NO_DROPOUT, "pad_to_multiple_of": _OWN_DATA},
+    "dpo": {
+        "truncation_mode": _OWN_DATA,
+        "disable_dropout": NO_DROPOUT,
+        "pad_to_multiple_of": _OWN_DATA,
+        "sync_ref_model": REFERENCE,
+        "ref_model_mixup_alpha": REFERENCE,
+        "ref_model_sync_steps": REFERENCE,
+    },
+}
+
+
+def fixed(stage: str) -> dict[str, str]:
+    """Keywords that `advanced.trainer` may not carry although no key of the recipe owns them -> why.
+
+    Those that one owns: `recipe.names.owner_of`.
+    """
+    return _FIXED | _FIXED_OF_STAGE[stage]
 
 
 def trainer_choices(recipe: Recipe, machine: Machine, precision: Precision, batch: Batch) -> dict[str, Choice]:
-    """Keywords of `trl.SFTConfig`, those of `advanced.trainer` last."""
+    """Keywords of the stage's configuration in TRL, those of `advanced.trainer` last."""
     chosen = {
         "output_dir": written(recipe, "output"),
         "seed": written(recipe, "seed"),
@@ -43,6 +65,7 @@ def trainer_choices(recipe: Recipe, machine: Machine, precision: Precision, batc
         **_checkpointing(batch),
         **_speaking(recipe),
         **_data(recipe, machine),
+        **_of_stage(recipe),
     }
     unchecked = {key: Choice(value, "advanced.trainer: unchecked") for key, value in recipe.advanced.trainer.items()}
     return chosen | unchecked
@@ -53,7 +76,7 @@ def _batch(batch: Batch) -> dict[str, Choice]:
         "per_device_train_batch_size": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
         "per_device_eval_batch_size": Choice(batch.micro.value, "as in training; evaluation keeps no activations"),
-        "average_tokens_across_devices": Choice(True, FIXED["average_tokens_across_devices"]),
+        "average_tokens_across_devices": Choice(True, _FIXED["average_tokens_across_devices"]),
         "ddp_find_unused_parameters": Choice(False, "every trained parameter takes part in every step"),
     }
 
@@ -75,18 +98,18 @@ def _optim(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
         Choice(-1, "default: optim.epochs decides") if optim.max_steps is None else Choice(optim.max_steps, "recipe")
     )
     return {
-        "learning_rate": written(optim, "learning_rate"),
-        "lr_scheduler_type": written(optim, "schedule"),
+        "learning_rate": written(recipe, "optim.learning_rate"),
+        "lr_scheduler_type": written(recipe, "optim.schedule"),
         # transformers 5 takes a share of the steps as a number below 1 and rounds up.
-        "warmup_steps": written(optim, "warmup_ratio"),
-        "num_train_epochs": written(optim, "epochs"),
+        "warmup_steps": written(recipe, "optim.warmup_ratio"),
+        "num_train_epochs": written(recipe, "optim.epochs"),
         "max_steps": steps,
         "optim": optimizer_choice(recipe, machine),
-        "weight_decay": written(optim, "weight_decay"),
-        "max_grad_norm": written(optim, "max_grad_norm"),
-        "adam_beta1": written(optim, "beta1"),
-        "adam_beta2": written(optim, "beta2"),
-        "adam_epsilon": written(optim, "epsilon"),
+        "weight_decay": written(recipe, "optim.weight_decay"),
+        "max_grad_norm": written(recipe, "optim.max_grad_norm"),
+        "adam_beta1": written(recipe, "optim.beta1"),
+        "adam_beta2": written(recipe, "optim.beta2"),
+        "adam_epsilon": written(recipe, "optim.epsilon"),
     }
 
 
@@ -110,7 +133,7 @@ def _speaking(recipe: Recipe) -> dict[str, Choice]:
     run_name = Choice(name, "recipe") if name else Choice(PurePath(recipe.output).name, "default: the output folder's")
     return {
         "logging_strategy": Choice("steps", "metrics.jsonl"),
-        "logging_steps": written(recipe.tracking, "log_every"),
+        "logging_steps": written(recipe, "tracking.log_every"),
         "logging_first_step": Choice(True, "the first loss shows whether the base was loaded right"),
         "logging_nan_inf_filter": Choice(False, _NON_FINITE),
         "disable_tqdm": Choice(True, "the progress bar is ours"),
@@ -128,16 +151,21 @@ def _data(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
     sampling = (
         ("random", "data.shuffle: a new order each epoch") if data.shuffle else ("sequential", "data.shuffle: false")
     )
-    fixed: dict[str, Any] = {
-        "max_length": None,
-        "packing": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-    }
     return {
-        **{key: Choice(value, _OWN_DATA) for key, value in fixed.items()},
+        "max_length": Choice(None, _OWN_DATA),
+        "remove_unused_columns": Choice(False, _OWN_DATA),
         "train_sampling_strategy": Choice(*sampling),
         "dataloader_num_workers": Choice(0, "rows are ready token ids: a worker would only copy them"),
         "dataloader_pin_memory": Choice(machine.device == "cuda", "pinned memory speeds up copies to a GPU"),
     }
+
+
+def _of_stage(recipe: Recipe) -> dict[str, Choice]:
+    if has_pairs(recipe):
+        return pair_choices() | (reward_choices(recipe) if recipe.stage == "reward" else dpo_choices(recipe))
+    fixed: dict[str, Any] = {
+        "packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "label_names": ["labels"],
+    }
+    return {key: Choice(value, _OWN_DATA) for key, value in fixed.items()}

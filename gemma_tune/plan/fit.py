@@ -13,33 +13,39 @@ from gemma_tune.plan.choices_model import choose_precision
 from gemma_tune.plan.choices_trainer import optimizer_choice
 from gemma_tune.plan.machine import MACHINES, Machine
 from gemma_tune.plan.memory import estimate, total
+from gemma_tune.plan.stages import continues, written
+from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Plan
 from gemma_tune.recipe.schema import Adapter, Recipe
 
 
-def needed(recipe: Recipe, machine: Machine, shape: Shape, family: Family, world_size: int) -> int:
+def needed(recipe: Recipe, machine: Machine, shape: Shape, family: Family, start: Start | None, world_size: int) -> int:
     """Bytes that this recipe needs on this machine, after `auto` has done what it can."""
     precision = choose_precision(recipe, machine, family)
-    work = workload(recipe, machine, family, precision, optimizer_choice(recipe, machine).value, world_size)
+    work = workload(recipe, machine, family, precision, optimizer_choice(recipe, machine).value, start, world_size)
     shape = shape.text if recipe.model.text_only else shape
     return total(estimate(shape, choose_batch(recipe, machine, shape, work).work))
 
 
-def refusal(recipe: Recipe, machine: Machine, shape: Shape, family: Family, world_size: int) -> str:
+def refusal(
+    recipe: Recipe, machine: Machine, shape: Shape, family: Family, start: Start | None, world_size: int
+) -> str:
     """Why the run cannot start on this machine, with settings that could; empty where it fits."""
-    need = needed(recipe, machine, shape, family, world_size)
+    need = needed(recipe, machine, shape, family, start, world_size)
     if need <= machine.memory_bytes:
         return ""
     return f"the run needs {gib(need)} and {machine.name} has {gib(machine.memory_bytes)}. " + (
-        _settings(recipe, machine, shape, family, world_size) or _larger_machines(recipe, shape, family)
+        _settings(recipe, machine, shape, family, start, world_size) or _larger_machines(recipe, shape, family, start)
     )
 
 
-def _settings(recipe: Recipe, machine: Machine, shape: Shape, family: Family, world_size: int) -> str:
+def _settings(
+    recipe: Recipe, machine: Machine, shape: Shape, family: Family, start: Start | None, world_size: int
+) -> str:
     """Up to three settings that fit: single changes first, then the changes one on top of the other."""
 
     def size(candidate: Recipe) -> int:
-        return needed(candidate, machine, shape, family, world_size)
+        return needed(candidate, machine, shape, family, start, world_size)
 
     steps = list(_changes(recipe, shape, family))
     attempts = [[step] for step in steps] + [steps[:count] for count in range(2, len(steps) + 1)]
@@ -55,16 +61,17 @@ def _settings(recipe: Recipe, machine: Machine, shape: Shape, family: Family, wo
 
 def _changes(recipe: Recipe, shape: Shape, family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes that save memory, the harmless ones first: (as written in a recipe, section -> values)."""
-    adapter = recipe.adapter
+    # What was saved decides about an adapter that is trained on.
+    adapter = None if continues(recipe) else recipe.adapter
     if recipe.batch.micro not in ("auto", 1):
         yield "batch.micro: 1", {"batch": {"micro": 1}}
     if recipe.memory.gradient_checkpointing is False:
         yield "memory.gradient_checkpointing: true", {"memory": {"gradient_checkpointing": True}}
-    if adapter is not None and adapter.dora and adapter.dropout:
+    if adapter is not None and adapter.dora and written(recipe, "adapter.dropout").value:
         yield "adapter.dropout: 0", {"adapter": adapter.model_copy(update={"dropout": 0.0})}
     if shape.towers and not recipe.model.text_only:
         yield "model.text_only: true", {"model": {"text_only": True}}
-    if adapter is None:
+    if recipe.adapter is None:
         yield "adapter: {r: 16} with model.quantization: nf4", {"adapter": Adapter(), "model": {"quantization": "nf4"}}
     elif recipe.model.quantization != "nf4":
         yield "model.quantization: nf4", {"model": {"quantization": "nf4"}}
@@ -89,14 +96,14 @@ def _apply(recipe: Recipe, changes: list[dict[str, Any]]) -> Recipe:
     return recipe
 
 
-def _larger_machines(recipe: Recipe, shape: Shape, family: Family) -> str:
+def _larger_machines(recipe: Recipe, shape: Shape, family: Family, start: Start | None) -> str:
     """Machines of the table that could hold the run."""
     fitting = [
         machine
         for machine in MACHINES.values()
         if machine.device == "cuda"
         and machine.gpus == 1
-        and needed(recipe, machine, shape, family, world_size=1) <= machine.memory_bytes
+        and needed(recipe, machine, shape, family, start, world_size=1) <= machine.memory_bytes
     ]
     if not fitting:
         return "No setting of this recipe fits it, nor one GPU of the table: choose a smaller Gemma."

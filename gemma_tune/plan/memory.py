@@ -61,11 +61,14 @@ class Workload:
         dropout: whether LoRA's dropout is above 0.
         dora: whether LoRA is weight-decomposed.
         optimizer: name that SFTConfig's `optim` takes.
-        rows, length: rows in one pass, and tokens in a row.
+        rows, length: rows in one pass, and tokens in a sequence.
         masked: whether attention sees a mask of length x length (packed rows, or padding).
         attention: attention implementation.
         checkpointing: whether activations are recomputed.
         world_size: processes that train together.
+        stage: `sft`, or `reward` and `dpo`, where a row is a pair of two sequences.
+        frozen_rank, frozen_targets: of a second adapter that is not trained: DPO's reference, or what a new adapter
+            stands on; rank 0 where there is none.
     """
 
     device: Literal["cpu", "cuda"]
@@ -85,23 +88,42 @@ class Workload:
     attention: str
     checkpointing: bool
     world_size: int
+    stage: Literal["sft", "reward", "dpo"] = "sft"
+    frozen_rank: int = 0
+    frozen_targets: str = "all-linear"
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in one pass."""
+        return self.rows * (1 if self.stage == "sft" else 2)
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.length
+        return self.sequences * self.length
+
+    @property
+    def unit(self) -> str:
+        """What a row is called."""
+        return "row" if self.stage == "sft" else "pair"
+
+    @property
+    def sequences_text(self) -> str:
+        """How the sequences of a pass come about, for formulas."""
+        return str(self.rows) if self.stage == "sft" else f"{self.rows} pairs x 2"
 
 
 def estimate(shape: Shape, work: Workload) -> tuple[MemoryTerm, ...]:
     """The memory of one process at its peak, the backward pass of an optimizer step.
 
-    Terms of 0 bytes are left out.
+    DPO's reference adds no term but its adapter: its forward pass keeps nothing and is over before the backward pass,
+    whose passing buffers are larger. Terms of 0 bytes are left out.
     """
     parameters = count(shape)
     terms = [
         *_weights(parameters, shape, work),
         *_training(parameters, shape, work),
         *_activations(shape, work),
-        _loss_head(shape, work),
+        _reward_head(shape, work) if work.stage == "reward" else _loss_head(shape, work),
         _workspace(shape, work),
         _overhead(work),
     ]
@@ -163,6 +185,11 @@ def _training(parameters: Parameters, shape: Shape, work: Workload) -> list[Memo
     if work.rank:
         pairs = parameters.lora_per_rank[work.targets]
         terms.append(_term("adapter", 4 * trained, f"r {work.rank} x {pairs:,} x 4 B: fp32"))
+    if work.frozen_rank:
+        pairs = parameters.lora_per_rank[work.frozen_targets]
+        why = "the reference, as the training began" if work.stage == "dpo" else "what the new adapter stands on"
+        formula = f"r {work.frozen_rank} x {pairs:,} x 4 B: {why}; no gradient, no state"
+        terms.append(_term("frozen adapter", 4 * work.frozen_rank * pairs, formula))
     terms.append(_term(f"gradients of the {what}", 4 * trained, f"{trained:,} x 4 B: fp32"))
     if work.optimizer == "adafactor":
         # A row and a column of statistics a matrix, instead of the matrix.
@@ -192,7 +219,7 @@ def _optimizer_state(parameters: Parameters, trained: int, work: Workload) -> Me
 
 def _activations(shape: Shape, work: Workload) -> list[MemoryTerm]:
     layers = [layer_bytes(shape, layer, work) for layer in layers_of(shape)]
-    kept = f"{work.tokens:,} tokens ({work.rows} x {work.length})"
+    kept = f"{work.tokens:,} tokens ({work.sequences_text} x {work.length})"
     terms = []
     if work.checkpointing:
         streams = shape.altup_inputs or 1
@@ -223,8 +250,9 @@ def _activations(shape: Shape, work: Workload) -> list[MemoryTerm]:
     if work.masked and work.attention != "flash_attention_2":
         kinds = 1 if shape.sliding_window is None else 2
         each = work.compute_bytes if work.attention == "eager" else 1
-        size = work.rows * work.length**2 * kinds * each
-        terms.append(_term("attention masks", size, f"{work.rows} x {work.length}^2 x {kinds} kinds x {each} B"))
+        size = work.sequences * work.length**2 * kinds * each
+        formula = f"{work.sequences_text} x {work.length}^2 x {kinds} kinds x {each} B"
+        terms.append(_term("attention masks", size, formula))
     return terms
 
 
@@ -349,6 +377,14 @@ def _loss_head(shape: Shape, work: Workload) -> MemoryTerm:
     return _term(
         "loss head", hidden + rows * words * work.compute_bytes, f"{formula} + {rows:,} x {words:,} x d: one tile"
     )
+
+
+def _reward_head(shape: Shape, work: Workload) -> MemoryTerm:
+    """A scalar for each sequence, read at its last token: the vocabulary is never scored."""
+    hidden = work.tokens * shape.hidden * 2 * work.compute_bytes
+    head = shape.hidden + 1
+    formula = f"{work.tokens:,} tokens x {shape.hidden:,} x 2 d: last states and their gradient"
+    return _term("reward head", hidden + head * 16, f"{formula} + {head:,} x 16 B: fp32 scalar head, AdamW")
 
 
 def _workspace(shape: Shape, work: Workload) -> MemoryTerm:

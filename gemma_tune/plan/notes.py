@@ -10,6 +10,8 @@ from gemma_tune.plan.choices_batch import BUDGET, gib
 from gemma_tune.plan.choices_model import BYTES, Precision
 from gemma_tune.plan.machine import Machine
 from gemma_tune.plan.memory import total
+from gemma_tune.plan.stages import CONFIGS, continues
+from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import MemoryTerm
 from gemma_tune.recipe.schema import Recipe
 
@@ -26,6 +28,7 @@ def notes_of(
     family: Family,
     precision: Precision,
     memory: tuple[MemoryTerm, ...],
+    start: Start | None,
     processes: int,
 ) -> tuple[str, ...]:
     """The notes of a plan, the most important first."""
@@ -33,7 +36,8 @@ def notes_of(
     return (
         *_room(machine, memory),
         *_types(recipe, machine, family, precision),
-        *_adapter(recipe),
+        *_adapter(recipe, start),
+        *_reference(recipe),
         *_not_quantised(recipe, shape, parameters, precision),
         *_towers(recipe, parameters, precision),
         *_devices(recipe, machine, processes),
@@ -64,10 +68,21 @@ def _types(recipe: Recipe, machine: Machine, family: Family, precision: Precisio
         )
 
 
-def _adapter(recipe: Recipe) -> Iterator[str]:
-    adapter = recipe.adapter
-    if adapter and adapter.dora and adapter.dropout:
+def _adapter(recipe: Recipe, start: Start | None) -> Iterator[str]:
+    if recipe.adapter is None or recipe.stage != "sft":
+        return
+    if start is not None and continues(recipe):
+        if start.dora and start.dropout:
+            yield "The saved adapter is DoRA with dropout, which keeps an fp32 copy of every adapted weight."
+    elif recipe.adapter.dora and recipe.adapter.dropout:
         yield "DoRA with dropout keeps an fp32 copy of every adapted weight: adapter.dropout: 0 needs far less memory."
+
+
+def _reference(recipe: Recipe) -> Iterator[str]:
+    if recipe.stage == "dpo":
+        begun = recipe.model.adapter
+        who = f"the adapter in {begun} as it is now, frozen" if begun else "the base with the new adapter switched off"
+        yield f"The reference is {who}: no second model is loaded."
 
 
 def _not_quantised(recipe: Recipe, shape: Shape, parameters: Parameters, precision: Precision) -> Iterator[str]:
@@ -107,13 +122,14 @@ def _devices(recipe: Recipe, machine: Machine, processes: int) -> Iterator[str]:
     if recipe.batch.size % (micro * machine.gpus):
         yield f"{idle}: batch.size {recipe.batch.size} cannot be split over all of them."
     else:
-        yield f"{idle}; all of them: torchrun --nproc-per-node {machine.gpus} -m gemma_tune sft RECIPE."
+        yield f"{idle}; all of them: torchrun --nproc-per-node {machine.gpus} -m gemma_tune {recipe.stage} RECIPE."
 
 
 def _run(recipe: Recipe) -> Iterator[str]:
     if recipe.data.holdout == 0:
-        yield "data.holdout is 0: there will be no held-out loss and no held-out samples."
+        missing = "figures" if recipe.stage == "reward" else "loss and no held-out samples"
+        yield f"data.holdout is 0: there will be no held-out {missing}."
     if recipe.optim.max_steps is not None and "epochs" in recipe.optim.model_fields_set:
         yield f"optim.max_steps {recipe.optim.max_steps} ends the run, whatever optim.epochs says."
     if recipe.advanced.trainer:
-        yield f"Unchecked: {', '.join(sorted(recipe.advanced.trainer))} go to SFTConfig as they are."
+        yield f"Unchecked: {', '.join(sorted(recipe.advanced.trainer))} go to {CONFIGS[recipe.stage]} as they are."

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Shape
 from gemma_tune.plan.choices_batch import choose_batch, workload
-from gemma_tune.plan.choices_model import choose_precision, lora_choices, model_choices, quantization_choices, written
+from gemma_tune.plan.choices_data import data_choices
+from gemma_tune.plan.choices_model import choose_precision, lora_choices, model_choices, quantization_choices
+from gemma_tune.plan.choices_session import session_choices
 from gemma_tune.plan.choices_trainer import optimizer_choice, trainer_choices
 from gemma_tune.plan.fit import refusal
 from gemma_tune.plan.machine import Machine
 from gemma_tune.plan.memory import estimate
 from gemma_tune.plan.notes import notes_of
 from gemma_tune.plan.refusals import check_combination
-from gemma_tune.plan.types import Choice, Plan
+from gemma_tune.plan.starts import Start
+from gemma_tune.plan.types import Plan
 from gemma_tune.recipe.schema import Recipe
 
 
-def make_plan(recipe: Recipe, machine: Machine, shape: Shape, family: Family, *, world_size: int | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    machine: Machine,
+    shape: Shape,
+    family: Family,
+    *,
+    start: Start | None = None,
+    world_size: int | None = None,
+) -> Plan:
     """Everything that a run of `recipe` needs on `machine`.
 
     Args:
@@ -26,6 +35,7 @@ def make_plan(recipe: Recipe, machine: Machine, shape: Shape, family: Family, *,
         machine: where it will run.
         shape: the size of the recipe's model (`plan.facts.model_facts`).
         family: its generation.
+        start: the adapter that `model.adapter` names (`plan.starts.read_start`); None where it names none.
         world_size: processes that train together; by default the machine's.
 
     Returns:
@@ -36,10 +46,12 @@ def make_plan(recipe: Recipe, machine: Machine, shape: Shape, family: Family, *,
         AccessError: the machine cannot do what the recipe insists on.
     """
     processes = machine.world_size if world_size is None else world_size
-    check_combination(recipe, machine, shape, family)
+    if (start is None) != (recipe.model.adapter is None):
+        raise ValueError("`start` is what plan.starts.read_start makes of model.adapter")
+    check_combination(recipe, machine, shape, family, start)
     loaded = shape.text if recipe.model.text_only else shape
     precision = choose_precision(recipe, machine, family)
-    work = workload(recipe, machine, family, precision, optimizer_choice(recipe, machine).value, processes)
+    work = workload(recipe, machine, family, precision, optimizer_choice(recipe, machine).value, start, processes)
     batch = choose_batch(recipe, machine, loaded, work)
     memory = estimate(loaded, batch.work)
     return Plan(
@@ -48,40 +60,11 @@ def make_plan(recipe: Recipe, machine: Machine, shape: Shape, family: Family, *,
         machine=machine.facts() | {"world_size": processes},
         model=model_choices(recipe, family, precision),
         quantization=quantization_choices(recipe, family, precision),
-        lora=lora_choices(recipe.adapter, family),
+        lora=lora_choices(recipe, family, start),
         trainer=trainer_choices(recipe, machine, precision, batch),
-        data=_data_choices(recipe),
-        session=_session_choices(recipe),
+        data=data_choices(recipe),
+        session=session_choices(recipe),
         memory=memory,
-        notes=notes_of(recipe, machine, shape, family, precision, memory, processes),
-        refusal=refusal(recipe, machine, shape, family, processes),
+        notes=notes_of(recipe, machine, shape, family, precision, memory, start, processes),
+        refusal=refusal(recipe, machine, shape, family, start, processes),
     )
-
-
-def _data_choices(recipe: Recipe) -> dict[str, Choice]:
-    """Keywords of `data.build.build`: the recipe's section, with the seed."""
-    data = recipe.data
-    chosen = {key: written(data, key) for key in type(data).model_fields}
-    chosen["sources"] = Choice([source.model_dump() for source in data.sources], "recipe")
-    return chosen | {"seed": Choice(recipe.seed, "the recipe's seed")}
-
-
-def _session_choices(recipe: Recipe) -> dict[str, Choice]:
-    """What the run folder, evaluation, samples, checkpoints and tracking need."""
-    tenth = "every: a tenth of the steps, which are known when the data is read"
-    return {
-        "output": written(recipe, "output"),
-        "seed": written(recipe, "seed"),
-        "evaluation": _section(recipe.evaluation, tenth if recipe.evaluation.every is None else ""),
-        "samples": _section(
-            recipe.samples, "every: before and after the training" if recipe.samples.every is None else ""
-        ),
-        "checkpoint": _section(recipe.checkpoint, tenth if recipe.checkpoint.every is None else ""),
-        "tracking": _section(recipe.tracking, ""),
-    }
-
-
-def _section(section: Any, open_value: str) -> Choice:
-    """One section of the recipe as a plain dictionary; `open_value` explains what the run itself will fill in."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in section.model_dump().items()}
-    return Choice(values, "; ".join(filter(None, ["recipe" if section.model_fields_set else "default", open_value])))

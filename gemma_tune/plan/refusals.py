@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from gemma_tune.errors import AccessError, Problem, UserError
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Shape
-from gemma_tune.plan.choices_trainer import FIXED
+from gemma_tune.plan.choices_trainer import fixed
 from gemma_tune.plan.machine import Machine
+from gemma_tune.plan.stages import continues
+from gemma_tune.plan.starts import Start
 from gemma_tune.recipe.rules import clashes
 from gemma_tune.recipe.schema import Recipe
 
 
-def check_combination(recipe: Recipe, machine: Machine, shape: Shape, family: Family) -> None:
+def check_combination(recipe: Recipe, machine: Machine, shape: Shape, family: Family, start: Start | None) -> None:
     """Refuse what this recipe asks of this Gemma or of this machine and cannot have.
 
     Raises:
@@ -21,7 +23,7 @@ def check_combination(recipe: Recipe, machine: Machine, shape: Shape, family: Fa
         AccessError: only the machine stands in the way.
     """
     of_recipe = [*_recipe(recipe), *_model(recipe, shape, family)]
-    of_machine = list(_machine(recipe, machine))
+    of_machine = list(_machine(recipe, machine, start))
     if of_recipe:
         raise UserError.of([*of_recipe, *of_machine])
     if of_machine:
@@ -37,8 +39,8 @@ def _recipe(recipe: Recipe) -> Iterator[Problem]:
     if recipe.optim.warmup_ratio == 1:  # transformers would read 1 as one step
         yield Problem("a warm-up over all steps never reaches the learning rate", "optim.warmup_ratio", "below 1")
     for key in recipe.advanced.trainer:
-        if key in FIXED:
-            yield Problem(f"'{key}' is fixed: {FIXED[key]}", f"advanced.trainer.{key}", "remove it")
+        if why := fixed(recipe.stage).get(key):
+            yield Problem(f"'{key}' is fixed: {why}", f"advanced.trainer.{key}", "remove it")
 
 
 def _model(recipe: Recipe, shape: Shape, family: Family) -> Iterator[Problem]:
@@ -73,8 +75,10 @@ def _why_not(attention: str, family: Family) -> str:
     return ""
 
 
-def _machine(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
+def _machine(recipe: Recipe, machine: Machine, start: Start | None) -> Iterator[Problem]:
     precision = recipe.model.precision
+    saved = start is not None and continues(recipe)
+    dora = start.dora if start is not None and saved else recipe.adapter is not None and recipe.adapter.dora
     if recipe.model.attention == "flash_attention_2" and not machine.flash_attention:
         yield Problem(
             f"{machine.name} cannot run FlashAttention 2, which needs an Ampere GPU or a newer one",
@@ -87,12 +91,12 @@ def _machine(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             "model.precision",
             "set model.precision: auto",
         )
-    if machine.device == "cpu" and recipe.model.quantization == "int8" and recipe.adapter and recipe.adapter.dora:
+    if machine.device == "cpu" and recipe.model.quantization == "int8" and dora:
         # peft 0.21's dequantize_module_weight moves a CPU weight "back", and the copy has lost its scales.
         yield Problem(
             "DoRA on int8 weights fails on a CPU: after the first pass the weights' scales are gone",
-            "adapter.dora",
-            "set adapter.dora: false, or model.quantization: nf4",
+            "model.adapter" if saved else "adapter.dora",
+            "set model.quantization: nf4" + ("" if saved else ", or adapter.dora: false"),
         )
     if precision == "bf16" and machine.device == "cuda" and not machine.bf16:
         yield Problem(f"{machine.name} has no bf16", "model.precision", "set model.precision: auto")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.console import printable
 from gemma_tune.plan.machine import GIB, MIB
 from gemma_tune.plan.memory import total
+from gemma_tune.plan.stages import CONFIGS
 from gemma_tune.plan.types import Choice, Plan
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ SECTIONS = {
     "model": "Model",
     "quantization": "Quantisation (transformers.BitsAndBytesConfig)",
     "lora": "Adapter (peft.LoraConfig)",
-    "trainer": "Training (trl.SFTConfig)",
+    "trainer": "Training (trl.{config})",
     "data": "Data",
     "session": "Run",
 }
@@ -33,7 +34,7 @@ def report(plan: Plan) -> Iterator[RenderableType]:
     for section, title in SECTIONS.items():
         choices: Mapping[str, Choice] = getattr(plan, section)
         if choices:
-            yield _choices(title, choices)
+            yield _choices(title.format(config=CONFIGS[plan.stage]), choices)
     yield _memory(plan)
     for note in plan.notes:
         yield Text(f"- {printable(note)}")

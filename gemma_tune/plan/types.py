@@ -35,9 +35,10 @@ class Plan:
         model: keywords of `models.load` (name, revision, tokenizer, text_only, dtype, attn_implementation).
         quantization: keywords of `transformers.BitsAndBytesConfig`; empty where the base is not quantised.
         lora: keywords of `peft.LoraConfig`; empty for a full fine-tune.
-        trainer: keywords of `trl.SFTConfig`.
-        data: keywords of `data.build`.
-        session: what the run folder, samples, evaluation and tracking need.
+        trainer: keywords of `trl.SFTConfig`, `RewardConfig` or `DPOConfig`, as the stage is.
+        data: keywords of `data.build.build`, or of `data.pairs.build_pairs` where rows are pairs.
+        session: what the run folder, samples, evaluation and tracking need; the adapter that the training begins with;
+            and what a stage's own code needs (`reward`, `precompute_reference`).
         memory: the estimate, term by term.
         notes: what the user should know before starting: one sentence each.
         refusal: why a run of it would be refused on this machine (it does not fit); empty where it may start.

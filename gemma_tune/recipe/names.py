@@ -131,6 +131,27 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "output_dir": ("output", ""),
     "data_seed": ("seed", "one seed for everything"),
     "random_seed": ("seed", ""),
+    # Preferences: TRL, and what LLaMA-Factory, Axolotl and ms-swift call them
+    "loss_type": ("dpo.loss", ""),
+    "pref_loss": ("dpo.loss", ""),
+    "pref_beta": ("dpo.beta", ""),
+    "dpo_beta": ("dpo.beta", ""),
+    "rl_beta": ("dpo.beta", ""),
+    "dpo_label_smoothing": ("dpo.label_smoothing", ""),
+    "rpo_alpha": ("dpo.sft_weight", ""),
+    "pref_ftx": ("dpo.sft_weight", ""),
+    "loss_weights": ("dpo.sft_weight", "the weight of the usual loss beside the preference loss"),
+    "precompute_ref_log_probs": ("dpo.precompute_reference", ""),
+    "precompute_ref_batch_size": ("batch.micro", "the reference takes the same"),
+    "center_rewards_coefficient": ("reward.center", ""),
+    "max_prompt_length": ("data.max_length", "prompt and answer together; an answer is never cut"),
+    "max_completion_length": ("data.max_length", "prompt and answer together; an answer is never cut"),
+    "max_target_length": ("data.max_length", "prompt and answer together; an answer is never cut"),
+    "adapter_name_or_path": ("model.adapter", "a run or adapter folder to begin with"),
+    "adapter_path": ("model.adapter", "a run or adapter folder to begin with"),
+    "lora_model_dir": ("model.adapter", "a run or adapter folder to begin with"),
+    "rlhf_type": ("stage", "`reward` or `dpo`"),
+    "rl": ("stage", "`reward` or `dpo`"),
     # Sections of other tools
     "lora": ("adapter", ""),
     "peft": ("adapter", ""),
@@ -156,6 +177,12 @@ NOT_IN_A_RECIPE: dict[str, str] = {
     "fsdp": "start with `accelerate launch -m gemma_tune ...`; its own file says how processes share work",
     "fsdp_config": "start with `accelerate launch -m gemma_tune ...`; its own file says how processes share work",
     "chat_template": "each Gemma generation has its official template built in",
+    "ref_model": "the reference is the base, or model.adapter as it was: never a second model",
+    "ref_model_name_or_path": "the reference is the base, or model.adapter as it was: never a second model",
+    "reference_model": "the reference is the base, or model.adapter as it was: never a second model",
+    "ref_adapter_name": "the reference is the base, or model.adapter as it was",
+    "sync_ref_model": "the reference stays as it was at the start",
+    "disable_dropout": "pairs are trained without dropout",
     "modules_to_save": "an adapter stays a plain LoRA, so that every server can load it",
 }
 """A key of another tool -> why there is none here and what to do instead."""
@@ -182,11 +209,6 @@ OWNED_BY_RECIPE: dict[str, str] = {
             "adam_beta2",
             "adam_epsilon",
             "optim_args",
-            "packing_strategy",
-            "padding_free",
-            "assistant_only_loss",
-            "completion_only_loss",
-            "dataset_text_field",
             "dataset_num_proc",
             "bf16",
             "fp16",
@@ -211,9 +233,6 @@ OWNED_BY_RECIPE: dict[str, str] = {
     "weight_decay": "optim.weight_decay",
     "max_grad_norm": "optim.max_grad_norm",
     "max_length": "data.max_length",
-    "packing": "data.packing",
-    "eval_packing": "data.packing",
-    "shuffle_dataset": "data.shuffle",
     "gradient_checkpointing": "memory.gradient_checkpointing",
     "project": "tracking.project",
     "seed": "seed",
@@ -221,11 +240,8 @@ OWNED_BY_RECIPE: dict[str, str] = {
     "bf16_full_eval": "model.precision",
     "fp16_full_eval": "model.precision",
     "model_init_kwargs": "model",
-    "chat_template_path": "model",
-    "eos_token": "model",
     "pad_token": "model",
     "use_cpu": "model.precision",
-    "dataset_kwargs": "data",
     "train_sampling_strategy": "data.shuffle",
     "remove_unused_columns": "data",
     "prediction_loss_only": "evaluation",
@@ -236,7 +252,42 @@ OWNED_BY_RECIPE: dict[str, str] = {
     "push_to_hub": "output",
     "disable_tqdm": "tracking",
 }
-"""Keywords of trl's SFTConfig that `advanced.trainer` may not carry -> where the recipe decides them."""
+"""Keywords of every trainer of ours that `advanced.trainer` may not carry -> where the recipe decides them."""
+
+_OWNED_OF_STAGE: dict[str, dict[str, str]] = {
+    "sft": {
+        **{key: ELSEWHERE[key][0] for key in ("packing_strategy", "padding_free", "dataset_text_field")},
+        **{key: ELSEWHERE[key][0] for key in ("assistant_only_loss", "completion_only_loss")},
+        "packing": "data.packing",
+        "eval_packing": "data.packing",
+        "shuffle_dataset": "data.shuffle",
+        "chat_template_path": "model",
+        "eos_token": "model",
+        "dataset_kwargs": "data",
+    },
+    "reward": {
+        "center_rewards_coefficient": "reward.center",
+        "chat_template_path": "model",
+        "eos_token": "model",
+    },
+    "dpo": {
+        **{key: ELSEWHERE[key][0] for key in ("loss_type", "loss_weights", "precompute_ref_log_probs")},
+        "precompute_ref_batch_size": "batch.micro",
+        "padding_free": "data",
+        "beta": "dpo.beta",
+        "label_smoothing": "dpo.label_smoothing",
+    },
+}
+
+
+def owned_by_recipe(stage: str) -> dict[str, str]:
+    """Keywords of this stage's trainer that `advanced.trainer` may not carry -> where the recipe decides them."""
+    return OWNED_BY_RECIPE | _OWNED_OF_STAGE[stage]
+
+
+def owner_of(keyword: str, stage: str) -> str | None:
+    """Where the recipe decides a keyword of the trainer; None where it does not."""
+    return owned_by_recipe(stage).get(keyword)
 
 
 def distance(left: str, right: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from gemma_tune.console import TOKEN
-from gemma_tune.recipe.names import OWNED_BY_RECIPE, SECRETS
+from gemma_tune.recipe.names import SECRETS, owner_of
 from gemma_tune.recipe.schema import Recipe
 
 Place = Callable[[str], str]
@@ -28,7 +28,7 @@ class Clash:
 
 def clashes(recipe: Recipe, place: Place) -> Iterator[Clash]:
     """Every contradiction in `recipe`. `place` says where a key was written."""
-    for rule in (_adapter, _schedule, _batch, _streaming, _holdout, _betas, _trainer):
+    for rule in _RULES:
         yield from rule(recipe, place)
 
 
@@ -70,7 +70,7 @@ def _batch(recipe: Recipe, place: Place) -> Iterator[Clash]:
 
 def _streaming(recipe: Recipe, place: Place) -> Iterator[Clash]:
     data = recipe.data
-    if not data.streaming:
+    if not data.streaming or recipe.stage != "sft":
         return
     here = f"data.streaming: true ({place('data.streaming')})"
     if recipe.optim.max_steps is None:
@@ -116,7 +116,7 @@ def _betas(recipe: Recipe, place: Place) -> Iterator[Clash]:
 
 def _trainer(recipe: Recipe, place: Place) -> Iterator[Clash]:
     for keyword in recipe.advanced.trainer:
-        owner = OWNED_BY_RECIPE.get(keyword)
+        owner = owner_of(keyword, recipe.stage)
         if owner is not None:
             key = f"advanced.trainer.{keyword}"
             origin = f" ({place(owner)})" if "." in owner or owner in Recipe.model_fields else ""
@@ -126,6 +126,148 @@ def _trainer(recipe: Recipe, place: Place) -> Iterator[Clash]:
                 f"remove it and use {owner}",
             )
 
+
+def _other_stage(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    """Sections and keys that another stage would read, and this one would not."""
+    stage = f"stage: {recipe.stage} ({place('stage')})"
+    for section in ("reward", "dpo"):
+        if section in recipe.model_fields_set and recipe.stage != section:
+            yield Clash(
+                (section, "stage"),
+                f"{section} ({place(section)}) is a section of stage: {section}, but the recipe has {stage}",
+                f"set stage: {section}, or remove the section",
+            )
+    if recipe.stage == "sft":
+        return
+    if recipe.data.packing and "packing" in recipe.data.model_fields_set:
+        yield Clash(
+            ("data.packing", "stage"),
+            f"data.packing: true ({place('data.packing')}), but {stage} has pairs, which are not packed",
+            "remove data.packing",
+        )
+    for key in ("train_on", "shuffle_buffer"):
+        if key in recipe.data.model_fields_set:
+            why = "trains on the answers of pairs" if key == "train_on" else "reads no streams"
+            yield Clash(
+                (f"data.{key}", "stage"),
+                f"data.{key} ({place(f'data.{key}')}) is for stage: sft, but {stage} {why}",
+                f"remove data.{key}",
+            )
+    if recipe.data.streaming:
+        yield Clash(
+            ("data.streaming", "stage"),
+            f"data.streaming: true ({place('data.streaming')}) is for stage: sft, but {stage} reads no streams",
+            "remove data.streaming; data.sources.0.limit takes the first rows of a large set",
+        )
+    if recipe.stage == "reward" and recipe.samples.model_fields_set:
+        yield Clash(
+            ("samples", "stage"),
+            f"samples ({place('samples')}) asks for answers, but the model of {stage} rates answers and gives none",
+            "remove the section",
+        )
+
+
+def _pairs_adapter(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    if recipe.stage == "sft":
+        return
+    stage = f"stage: {recipe.stage} ({place('stage')})"
+    if recipe.adapter is None:
+        why = {
+            "reward": "a reward model is an adapter and a small head, so that it can share its base",
+            "dpo": "the reference is the base with the adapter switched off, never a second model",
+        }
+        yield Clash(
+            ("adapter", "stage"),
+            f"adapter: null ({place('adapter')}) trains all weights, but {stage} needs an adapter: {why[recipe.stage]}",
+            "keep an adapter (remove `adapter: null`)",
+        )
+    elif recipe.adapter.dropout and "dropout" in recipe.adapter.model_fields_set:
+        yield Clash(
+            ("adapter.dropout", "stage"),
+            f"adapter.dropout: {recipe.adapter.dropout:g} ({place('adapter.dropout')}), but {stage} trains without "
+            "dropout: both answers of a pair must be seen by the same network",
+            "remove adapter.dropout",
+        )
+
+
+def _saved_adapter(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    """`model.adapter` with `adapter_mode` and the keys of a new adapter."""
+    model = recipe.model
+    mode = f"model.adapter_mode: {model.adapter_mode} ({place('model.adapter_mode')})"
+    if model.adapter is None:
+        if "adapter_mode" in model.model_fields_set:
+            yield Clash(
+                ("model.adapter_mode", "model.adapter"),
+                f"{mode} is about a saved adapter, but model.adapter ({place('model.adapter')}) names none",
+                "set model.adapter to a run folder, or remove model.adapter_mode",
+            )
+        return
+    here = f"model.adapter ({place('model.adapter')})"
+    if recipe.adapter is None:
+        yield Clash(
+            ("model.adapter", "adapter"),
+            f"{here} begins with a saved adapter, but adapter: null ({place('adapter')}) trains all weights",
+            "remove one of the two",
+        )
+    elif model.adapter_mode == "continue":
+        for key in sorted(recipe.adapter.model_fields_set):
+            if key == "dropout" and recipe.stage != "sft":
+                continue  # _pairs_adapter says more about it
+            yield Clash(
+                (f"adapter.{key}", "model.adapter"),
+                f"adapter.{key} ({place(f'adapter.{key}')}) is for a new adapter, but {here} is trained on as it was "
+                "saved",
+                f"remove adapter.{key}, or set model.adapter_mode: stack",
+            )
+    elif recipe.stage == "reward":
+        yield Clash(
+            ("model.adapter_mode", "stage"),
+            f"{mode} saves the sum of two adapters, but stage: reward ({place('stage')}) trains the one that its head "
+            "reads",
+            "set model.adapter_mode: continue",
+        )
+    else:
+        for key in ("dora", "rslora"):
+            if getattr(recipe.adapter, key):
+                yield Clash(
+                    (f"adapter.{key}", "model.adapter_mode"),
+                    f"adapter.{key}: true ({place(f'adapter.{key}')}) cannot be added up with another adapter, but "
+                    f"{mode} saves the sum of two",
+                    f"remove adapter.{key}, or set model.adapter_mode: continue",
+                )
+
+
+def _dpo_loss(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    dpo = recipe.dpo
+    loss = f"dpo.loss: {dpo.loss} ({place('dpo.loss')})"
+    smoothing = f"dpo.label_smoothing: {dpo.label_smoothing:g} ({place('dpo.label_smoothing')})"
+    if dpo.label_smoothing and dpo.loss not in ("sigmoid", "robust"):
+        yield Clash(
+            ("dpo.label_smoothing", "dpo.loss"),
+            f"{smoothing} has no meaning in {loss}",
+            "set dpo.loss: sigmoid or robust, or remove dpo.label_smoothing",
+        )
+    if dpo.loss == "robust" and not dpo.label_smoothing:
+        yield Clash(
+            ("dpo.loss", "dpo.label_smoothing"),
+            f"{loss} with {smoothing} is the loss sigmoid",
+            "set dpo.label_smoothing, such as 0.1, or dpo.loss: sigmoid",
+        )
+
+
+_RULES = (
+    _adapter,
+    _schedule,
+    _batch,
+    _streaming,
+    _holdout,
+    _betas,
+    _trainer,
+    _other_stage,
+    _pairs_adapter,
+    _saved_adapter,
+    _dpo_loss,
+)
 
 _VARIABLE = re.compile(r"\$(\{\w+\}|[A-Z_][A-Z0-9_]*$)")
 _SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)

@@ -64,6 +64,11 @@ class Model(Section):
     """Attention implementation. `auto` picks the fastest that is right for this generation."""
     text_only: bool = False
     """Load only the language model of a multimodal checkpoint: saves its towers' memory."""
+    adapter: Annotated[str, Field(min_length=1), AfterValidator(_from_home)] | None = None
+    """Run or adapter folder to begin with, such as a finished SFT run of the same base."""
+    adapter_mode: Literal["continue", "stack"] = "continue"
+    """`continue` trains a copy of that adapter, with its rank and targets; `stack` freezes it and trains a new one on
+    top of it. In `dpo` the adapter as it was is the reference either way."""
 
 
 class Adapter(Section):
@@ -72,7 +77,7 @@ class Adapter(Section):
     alpha: Count = 32
     """The update is scaled by alpha / r."""
     dropout: Fraction = 0.05
-    """Dropout before A, during training."""
+    """Dropout before A, during training. In `reward` and `dpo` there is none."""
     targets: Literal["all-linear", "attention", "mlp"] = "all-linear"
     """Which linear layers of the text decoder carry an adapter; towers never do."""
     rslora: bool = False
@@ -83,12 +88,25 @@ class Adapter(Section):
 
 class Source(Section):
     name: str = Field(min_length=1)
-    """`ultrachat`, `ultrachat_original`, `english_quotes`, a hub id, a file (.jsonl .json .parquet .csv),
-    `sample:ultrachat_200k` (rows that come with gemma-tune), or `./mine.py:function`."""
+    """`ultrachat`, `ultrachat_original`, `english_quotes`, `ultrafeedback`, `hh_rlhf`, a hub id, a file (.jsonl .json
+    .parquet .csv), `sample:ultrachat_200k` (rows that come with gemma-tune), or `./mine.py:function`."""
     format: Literal[
-        "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "quotes", "string_list", "text", "exchanges"
+        "auto",
+        "messages",
+        "sharegpt",
+        "prompt_completion",
+        "alpaca",
+        "quotes",
+        "string_list",
+        "text",
+        "exchanges",
+        "preference",
+        "question_preference",
+        "sharegpt_preference",
+        "messages_preference",
+        "dialogue_preference",
     ] = "auto"
-    """Shape of a row. `auto` recognises it by its column names."""
+    """Shape of a row. `auto` recognises it by its column names. The last five hold pairs of answers (reward, dpo)."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: our column name -> the column in the file, e.g. `{messages: conversations}`."""
     subset: str | None = None
@@ -107,11 +125,11 @@ class Data(Section):
     sources: Annotated[tuple[Source, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
     """One dataset or a mix of several."""
     max_length: Annotated[int, Field(ge=16)] = 2048
-    """Tokens in one training row; the only length in a recipe."""
+    """Tokens in one training row, of a pair in its prompt with one answer; the only length in a recipe."""
     packing: bool = True
-    """Several conversations in one row, isolated from each other."""
+    """Several conversations in one row, isolated from each other. Pairs (`reward`, `dpo`) are never packed."""
     train_on: Literal["model_turns", "last_model_turn", "all"] = "model_turns"
-    """Which tokens carry loss. The turn end after a trained turn is always trained."""
+    """Which tokens carry loss. The turn end after a trained turn is always trained. Only for `stage: sft`."""
     holdout: Annotated[Number, Field(ge=0)] = 0.01
     """Held-out rows: a fraction below 1, or a number of rows. Split by conversation, after deduplication."""
     deduplicate: bool = True
@@ -119,7 +137,8 @@ class Data(Section):
     shuffle: bool = True
     """Shuffle rows before splitting and packing."""
     streaming: bool = False
-    """Read the sources as a stream, for sets that do not fit the disk. Needs optim.max_steps, and holdout in rows."""
+    """Read the sources as a stream, for sets that do not fit the disk. Needs optim.max_steps, and holdout in rows. Only
+    for `stage: sft`."""
     shuffle_buffer: Count = 10_000
     """Rows in the shuffle buffer when streaming."""
     system_role: Literal["auto", "fold", "drop", "error"] = "auto"
@@ -141,7 +160,7 @@ class Data(Section):
 
 class Optim(Section):
     learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2e-4
-    """Peak learning rate."""
+    """Peak learning rate. The default is that of `sft`; `reward` has 1e-4 and `dpo` 5e-6."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Learning rate after the warm-up."""
     warmup_ratio: Fraction = 0.03
@@ -165,9 +184,11 @@ class Optim(Section):
 
 class Batch(Section):
     size: Count = 16
-    """GLOBAL batch: training rows an optimizer step, over all processes. Accumulation is derived from it."""
+    """GLOBAL batch: training rows (in `reward` and `dpo`: pairs) an optimizer step, over all processes. Accumulation is
+    derived from it."""
     micro: Count | Literal["auto"] = "auto"
-    """Rows in one forward pass of one process. `auto`: as many as the memory estimate allows."""
+    """Rows in one forward pass of one process; a pair is one row of two sequences. `auto`: as many as the memory
+    estimate allows."""
 
 
 class Memory(Section):
@@ -183,6 +204,8 @@ class Evaluation(Section):
 
 
 class Samples(Section):
+    """Answers to look at. Not for `stage: reward`, whose model rates answers and gives none."""
+
     prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Fixed user prompts that are answered during the training."""
     held_out: Annotated[int, Field(ge=0)] = 4
@@ -213,18 +236,50 @@ class Tracking(Section):
 
 class Advanced(Section):
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Keywords handed verbatim to trl's SFTConfig. May not repeat what the recipe owns; unchecked."""
+    """Keywords handed verbatim to trl's SFTConfig, RewardConfig or DPOConfig. May not repeat what the recipe owns;
+    unchecked."""
+
+
+class Reward(Section):
+    """Only for `stage: reward`."""
+
+    margin: Literal["none", "score"] = "none"
+    """`score`: the chosen answer must win by the difference of the row's ratings (Llama 2, arXiv 2307.09288, section
+    3.2.2); rows without ratings are then an error."""
+    center: Annotated[Number, Field(ge=0)] = 0.01
+    """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv 2312.09244); 0 switches it off."""
+
+
+class Dpo(Section):
+    """Only for `stage: dpo`."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down"] = "sigmoid"
+    """`sigmoid` is DPO (arXiv 2305.18290), `ipo` arXiv 2310.12036, `hinge` SLiC (arXiv 2305.10425), `robust` arXiv
+    2403.00409, `sigmoid_norm` DPO with log-ratios averaged over the tokens, `apo_zero` and `apo_down` arXiv
+    2408.06266."""
+    beta: Annotated[Number, Field(gt=0)] = 0.1
+    """How much a departure from the reference costs; for `ipo` it is the paper's tau."""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs that are taken to be labelled the wrong way round: with `sigmoid` it is conservative DPO (cDPO),
+    with `robust` its unbiased form (arXiv 2403.00409)."""
+    sft_weight: Annotated[Number, Field(ge=0)] = 0.0
+    """Weight of the usual loss on the chosen answer, added to the preference loss (RPO, arXiv 2404.19733)."""
+    precompute_reference: bool | Literal["auto"] = "auto"
+    """Score all pairs with the reference before the training, and keep the scores in a cache. `auto`: where every pair
+    is trained more than once."""
 
 
 class Recipe(Section):
     """A fine-tuning run, as its user wrote it."""
 
-    stage: Literal["sft"] = "sft"
-    """Which algorithm runs."""
+    stage: Literal["sft", "reward", "dpo"] = "sft"
+    """Which algorithm runs: supervised fine-tuning, a reward model, or direct preference optimisation."""
     model: Model
     adapter: Adapter | None = Adapter()
     """LoRA; `adapter: null` trains all weights (then model.quantization must be none)."""
     data: Data
+    reward: Reward = Reward()
+    dpo: Dpo = Dpo()
     optim: Optim = Optim()
     batch: Batch = Batch()
     memory: Memory = Memory()

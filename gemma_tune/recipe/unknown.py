@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gemma_tune.console import quoted
 from gemma_tune.recipe.json_schema import Schema, recipe_schema, resolve_schema
-from gemma_tune.recipe.names import ELSEWHERE, NOT_IN_A_RECIPE, SECRETS, did_you_mean, nearest
+from gemma_tune.recipe.names import ELSEWHERE, NOT_IN_A_RECIPE, SECRETS, did_you_mean, distance, nearest
 
 
 @functools.cache
@@ -43,6 +43,9 @@ def explain_unknown(path: tuple[str, ...], siblings: Sequence[str], *, is_sectio
     places = known_keys().get(lowered, ())
     if places:
         homes = " or ".join(place.rpartition(".")[0] or "the top level" for place in places)
+        if one_off := [name for name in siblings if distance(lowered, name) == 1]:  # `beta` in optim
+            meant = f"{did_you_mean(one_off)} {lowered} itself belongs under {homes}"
+            return f"unknown key here; {meant}", f"write {' or '.join([*one_off, *places])}"
         return f"unknown key here; it belongs under {homes}", f"write it as {' or '.join(places)}"
     if lowered in ELSEWHERE:
         ours, remark = ELSEWHERE[lowered]

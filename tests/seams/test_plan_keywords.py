@@ -9,10 +9,11 @@ import warnings
 import pytest
 import torch
 
-from gemma_tune.plan.choices_trainer import FIXED
+from gemma_tune.plan.choices_trainer import fixed
 from gemma_tune.plan.machine import GIB, Machine, probe
-from gemma_tune.recipe.names import OWNED_BY_RECIPE
-from gemma_tune.recipe.schema import Optim
+from gemma_tune.plan.stages import CONFIGS
+from gemma_tune.recipe.names import owned_by_recipe
+from gemma_tune.recipe.schema import Dpo, Optim
 from tests.unit.plan.recipes import plan_for
 
 BF16_CPU = Machine("this kind of CPU", "cpu", 0, 24 * GIB, bf16=True)
@@ -30,28 +31,43 @@ PLANS = {
     "gemma 2": {"model.name": "google/gemma-2-2b"},
     "gemma 3n": {"model.name": "google/gemma-3n-E2B"},
     "advanced": {"advanced.trainer": {"neftune_noise_alpha": 5.0}},
+    "reward": {"stage": "reward"},
+    "reward with margins": {"stage": "reward", "reward.margin": "score", "reward.center": 0},
+    "dpo": {"stage": "dpo", "model.adapter": "runs/sft"},
+    "dpo in two epochs": {"stage": "dpo", "optim.epochs": 2, "dpo.sft_weight": 0.5},
+    "cdpo": {"stage": "dpo", "dpo.label_smoothing": 0.1},
+    "robust": {"stage": "dpo", "dpo.loss": "robust", "dpo.label_smoothing": 0.1},
+    "stacked": {"stage": "dpo", "model.adapter": "runs/sft", "model.adapter_mode": "stack"},
 }
+
+
+def config_of(stage: str) -> type:
+    """The class that takes the keywords of a plan's trainer section."""
+    import trl
+
+    return getattr(trl, CONFIGS[stage])
+
+
+def fields_of(stage: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_of(stage))}
 
 
 @pytest.mark.parametrize("machine", ["rtx4090", "t4", BF16_CPU, "cpu"], ids=str)
 @pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
-def test_sft_keywords_exist(changes, machine):
-    from trl import SFTConfig
-
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
-    assert plan_for(changes, machine).trainer.keys() <= known
+def test_trainer_keywords_exist(changes, machine):
+    plan = plan_for(changes, machine)
+    assert plan.trainer.keys() <= fields_of(plan.stage)
 
 
 @pytest.mark.parametrize("machine", [BF16_CPU, "cpu"], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
-def test_sft_config_takes_the_values(changes, machine, tmp_path):
+def test_the_config_takes_the_values(changes, machine, tmp_path):
     """Constructed for real, with every warning of ours an error: a deprecated keyword would warn."""
-    from trl import SFTConfig
-
-    values = plan_for({"output": str(tmp_path / "run")} | changes, machine).values("trainer")
+    plan = plan_for({"output": str(tmp_path / "run")} | changes, machine)
+    values = plan.values("trainer")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config = SFTConfig(**values)
+        config = config_of(plan.stage)(**values)
     for key, value in values.items():
         held = getattr(config, key)
         assert held == value or (key, held) == ("report_to", []), f"{key} became {held!r}"
@@ -82,13 +98,22 @@ def test_every_schedule_of_the_recipe_is_known(schedule):
     assert schedule in {kind.value for kind in SchedulerType}
 
 
-def test_refused_keywords_exist():
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_refused_keywords_exist(stage):
     """A keyword that the library does not have would be refused for the wrong reason."""
-    from trl import SFTConfig
+    assert fixed(stage).keys() <= fields_of(stage)
+    assert not fixed(stage).keys() & owned_by_recipe(stage).keys()
 
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
-    assert FIXED.keys() <= known
-    assert not FIXED.keys() & OWNED_BY_RECIPE.keys()
+
+@pytest.mark.parametrize("loss", Dpo.model_fields["loss"].annotation.__args__)
+def test_every_loss_of_the_recipe_is_one_of_trl(loss):
+    """trl looks at the names in the middle of a step only; its source has a branch for each."""
+    from trl import DPOTrainer
+
+    smoothing = {"dpo.label_smoothing": 0.1} if loss == "robust" else {}
+    types = plan_for({"stage": "dpo", "dpo.loss": loss} | smoothing).values("trainer")["loss_type"]
+    assert types == [loss]
+    assert f'loss_type == "{loss}"' in inspect.getsource(DPOTrainer._compute_loss)
 
 
 @pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
@@ -118,13 +143,16 @@ def test_bitsandbytes_config(changes):
 @pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
 def test_data_keywords(changes):
     from gemma_tune.data.build import build
+    from gemma_tune.data.pairs import build_pairs
 
+    plan = plan_for(changes)
+    function = build if plan.stage == "sft" else build_pairs
     keywords = {
         name
-        for name, parameter in inspect.signature(build).parameters.items()
+        for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind == parameter.KEYWORD_ONLY
     }
-    assert plan_for(changes).data.keys() == keywords - {"progress"}
+    assert plan.data.keys() == keywords - {"progress"}
 
 
 def test_probe_agrees_with_the_system():

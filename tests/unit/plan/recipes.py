@@ -8,6 +8,7 @@ from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.gemma.sizes import PUBLISHED
 from gemma_tune.plan.machine import MACHINES, Machine
 from gemma_tune.plan.plan import make_plan
+from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Plan
 from gemma_tune.recipe.schema import Recipe
 
@@ -31,10 +32,22 @@ def make_recipe(changes: dict[str, Any] | None = None) -> Recipe:
 
 
 def plan_for(
-    changes: dict[str, Any] | None = None, machine: str | Machine = "rtx4090", world_size: int | None = None
+    changes: dict[str, Any] | None = None,
+    machine: str | Machine = "rtx4090",
+    world_size: int | None = None,
+    start: Start | None = None,
 ) -> Plan:
-    """The plan of BASE with `changes` on a machine of the table."""
+    """The plan of BASE with `changes` on a machine of the table. `start` stands for what `model.adapter` names."""
     recipe = make_recipe(changes)
     shape = PUBLISHED[recipe.model.name]
+    family = FAMILIES[shape.family]
     target = MACHINES[machine] if isinstance(machine, str) else machine
-    return make_plan(recipe, target, shape, FAMILIES[shape.family], world_size=world_size)
+    if recipe.model.adapter and start is None:
+        start = saved_adapter(family.lora_targets["attention"])
+    return make_plan(recipe, target, shape, family, start=start, world_size=world_size)
+
+
+def saved_adapter(target_modules: str = "pattern", **changes: Any) -> Start:
+    """An adapter as a finished run left it; its figures are no defaults of the recipe."""
+    facts = {"rank": 4, "alpha": 12, "dropout": 0.1, "targets": "attention", "rslora": False, "dora": False}
+    return Start(target_modules=target_modules, **(facts | changes))

@@ -13,11 +13,23 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from gemma_tune.plan.stages import CONFIGS
 from gemma_tune.plan.types import Plan
 from gemma_tune.recipe.schema import Recipe
 from tests.unit.plan.recipes import plan_for
 
 SECTIONS = ("model", "quantization", "lora", "trainer", "data", "session")
+
+# Leaves that only `sft` reads. A recipe of another stage that writes them is refused (tests/unit/recipe/test_rules.py).
+ONLY_SFT = {
+    "data.packing",
+    "data.train_on",
+    "data.streaming",
+    "data.shuffle_buffer",
+    "adapter.dropout",
+}
+# Those that a reward model has no use for: it gives no answers.
+NOT_REWARD = {"samples.prompts", "samples.held_out", "samples.every", "samples.max_new_tokens"}
 
 # leaf -> another valid value. Everything else that it needs stands in COMPANIONS.
 FLIPS: dict[str, Any] = {
@@ -29,12 +41,21 @@ FLIPS: dict[str, Any] = {
     "model.precision": "fp32",
     "model.attention": "eager",
     "model.text_only": True,
+    "model.adapter": "runs/sft",
+    "model.adapter_mode": "stack",
     "adapter.r": 8,
     "adapter.alpha": 8,
     "adapter.dropout": 0.2,
     "adapter.targets": "attention",
     "adapter.rslora": True,
     "adapter.dora": True,
+    "reward.margin": "score",
+    "reward.center": 0.1,
+    "dpo.loss": "ipo",
+    "dpo.beta": 0.01,
+    "dpo.label_smoothing": 0.1,
+    "dpo.sft_weight": 1.0,
+    "dpo.precompute_reference": True,
     "data.sources.name": "mine.jsonl",
     "data.sources.format": "messages",
     "data.sources.columns": {"messages": "turns"},
@@ -69,7 +90,7 @@ FLIPS: dict[str, Any] = {
     "optim.beta2": 0.95,
     "optim.epsilon": 1e-6,
     "batch.size": 32,
-    "batch.micro": 2,
+    "batch.micro": 1,
     "memory.gradient_checkpointing": True,
     "evaluation.every": 10,
     "evaluation.max_rows": 10,
@@ -85,16 +106,14 @@ FLIPS: dict[str, Any] = {
     "tracking.log_every": 5,
     "seed": 1,
     "output": "runs/other",
-    "advanced.trainer": {"neftune_noise_alpha": 5},
+    "advanced.trainer": {"dataloader_drop_last": True},
 }
 
 # What must be set on both sides of the comparison for a flip to be valid.
 COMPANIONS: dict[str, dict[str, Any]] = {
     "data.streaming": {"data.holdout": 50, "optim.max_steps": 100},
+    "model.adapter_mode": {"model.adapter": "runs/sft"},
 }
-
-# The only leaf with a single value today; the plan must hold it.
-SINGLE = {"stage": "sft"}
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -128,12 +147,22 @@ def with_flip(leaf: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_table_covers_every_leaf_and_nothing_else():
-    assert set(leaves(Recipe)) == FLIPS.keys() | SINGLE.keys()
+    assert set(leaves(Recipe)) == FLIPS.keys() | {"stage"}
 
 
-@pytest.mark.parametrize("leaf", FLIPS)
-def test_a_flipped_leaf_changes_the_plan(leaf):
-    companions = COMPANIONS.get(leaf, {})
+def read_in(stage: str) -> list[str]:
+    """The leaves that this stage reads."""
+    unread = {
+        "sft": lambda leaf: leaf.startswith(("reward.", "dpo.")),
+        "reward": lambda leaf: leaf.startswith("dpo.") or leaf in ONLY_SFT | NOT_REWARD | {"model.adapter_mode"},
+        "dpo": lambda leaf: leaf.startswith("reward.") or leaf in ONLY_SFT,
+    }
+    return [leaf for leaf in FLIPS if not unread[stage](leaf)]
+
+
+@pytest.mark.parametrize(("stage", "leaf"), [(stage, leaf) for stage in CONFIGS for leaf in read_in(stage)])
+def test_a_flipped_leaf_changes_the_plan(stage, leaf):
+    companions = {"stage": stage} | COMPANIONS.get(leaf, {})
     before = held(plan_for(companions))
     after = held(plan_for(companions | with_flip(leaf, FLIPS[leaf])))
     assert after != before
@@ -144,5 +173,6 @@ def test_no_adapter_changes_the_plan():
     assert held(plan_for(base)) != held(plan_for(base | {"adapter": None}))
 
 
-def test_the_stage():
-    assert {"stage": plan_for().stage} == SINGLE
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_the_stage(stage):
+    assert plan_for({"stage": stage}).stage == stage

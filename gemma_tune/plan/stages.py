@@ -1,0 +1,48 @@
+"""What a stage changes about the recipe's defaults, and what it is called elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemma_tune.plan.types import Choice
+from gemma_tune.recipe.schema import Recipe
+
+CONFIGS = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}
+"""Stage -> the configuration of TRL that the plan's trainer section holds the keywords of."""
+
+_DEFAULTS: dict[str, dict[str, Choice]] = {
+    "reward": {
+        "optim.learning_rate": Choice(1e-4, "reward: 1e-4, as trl's RewardConfig and its LoRA examples"),
+        "adapter.dropout": Choice(0.0, "reward: both answers of a pair must be seen by the same network"),
+        "samples.held_out": Choice(0, "reward: the model rates answers and gives none"),
+    },
+    "dpo": {
+        "optim.learning_rate": Choice(5e-6, "dpo: 5e-6, as alignment-handbook/zephyr-7b-dpo-qlora"),
+        "adapter.dropout": Choice(0.0, "dpo: the log-ratio against the reference is exact only without dropout"),
+    },
+}
+"""Keys whose default is another one in a stage than in the schema, which has that of `sft`."""
+
+
+def has_pairs(recipe: Recipe) -> bool:
+    """Whether a training row is a pair of answers: two sequences instead of one."""
+    return recipe.stage != "sft"
+
+
+def continues(recipe: Recipe) -> bool:
+    """Whether the adapter that is trained was saved by another run."""
+    return recipe.model.adapter is not None and recipe.model.adapter_mode == "continue"
+
+
+def written(recipe: Recipe, key: str) -> Choice:
+    """The value of `key` (`seed`, `optim.learning_rate`) and whose it is: `recipe`, the stage's with why, or `default`.
+
+    A key of a section that is null is the schema's default.
+    """
+    *sections, leaf = key.split(".")
+    section: Any = recipe
+    for name in sections:
+        section = getattr(section, name)
+    if leaf in section.model_fields_set:
+        return Choice(getattr(section, leaf), "recipe")
+    return _DEFAULTS.get(recipe.stage, {}).get(key) or Choice(getattr(section, leaf), "default")

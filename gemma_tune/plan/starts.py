@@ -1,0 +1,178 @@
+"""The adapter that a training begins with, from its adapter_config.json. Reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import UserError
+from gemma_tune.gemma.families import Family
+from gemma_tune.plan.facts import ADAPTER_FILE, read_json
+from gemma_tune.recipe.schema import Recipe
+
+WEIGHTS = "adapter_model.safetensors"
+REWARD_HEAD = "reward_head.safetensors"
+"""Beside the adapter of a reward model: its scalar head."""
+
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+_UNSUPPORTED = {
+    "modules_to_save": "it holds whole layers beside its updates",
+    "trainable_token_indices": "it holds rows of the embedding beside its updates",
+    "rank_pattern": "its ranks differ from layer to layer",
+    "alpha_pattern": "its scales differ from layer to layer",
+}
+"""Keys of adapter_config.json that must be empty -> what it means where they are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A saved LoRA adapter.
+
+    Attributes:
+        rank, alpha, dropout: as it was trained.
+        target_modules: what it is on, as saved: a pattern or a list of names.
+        targets: the preset that this is, or for foreign adapters the smallest that covers it.
+        rslora, dora: its kind.
+    """
+
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: str | list[str]
+    targets: str
+    rslora: bool
+    dora: bool
+
+
+def start_of(recipe: Recipe, family: Family) -> Start | None:
+    """The adapter that `model.adapter` names; None where it names none.
+
+    Raises:
+        UserError: see `read_start`.
+    """
+    if recipe.model.adapter is None:
+        return None
+    return read_start(recipe.model.adapter, recipe.model.name, family, stack=recipe.model.adapter_mode == "stack")
+
+
+def read_start(target: str, base: str, family: Family, *, stack: bool = False) -> Start:
+    """The LoRA adapter in `target`.
+
+    Args:
+        target: run folder or adapter folder.
+        base: `model.name` of the recipe.
+        family: the generation of `base`.
+        stack: a new adapter will stand on it, and both are saved as one.
+
+    Raises:
+        UserError: no adapter there, damaged, a reward model, on another base, or of a kind that is not supported.
+    """
+    folder = adapter_folder(target)
+    config = read_json(folder / ADAPTER_FILE)
+    where = str(folder)
+    if (folder / REWARD_HEAD).is_file():
+        raise UserError(
+            "this is a reward model: its adapter rates answers and gives none",
+            where=where,
+            fix="set model.adapter to the run of an SFT or DPO",
+        )
+    _check_base(config, base, where)
+    if config.get("peft_type") != "LORA":
+        raise _refused(f"its kind is {config.get('peft_type')!r}, not LORA", where)
+    for key, why in _UNSUPPORTED.items():
+        if config.get(key):
+            raise _refused(f"{why} ({key})", where)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{WEIGHTS} is missing", where=where, fix="copy the adapter again, all of its files")
+    start = _read(config, family, str(folder / ADAPTER_FILE))
+    if stack and (start.dora or start.rslora):
+        kind = "DoRA" if start.dora else "rsLoRA"
+        raise UserError(
+            f"it is {kind}, which cannot be added up with another adapter",
+            where=where,
+            fix="set model.adapter_mode: continue",
+        )
+    return start
+
+
+def adapter_folder(target: str) -> Path:
+    """The folder of the adapter in a run, or the adapter's own.
+
+    Raises:
+        UserError: there is none; says what is there instead.
+    """
+    folder = Path(target).expanduser()
+    found = next((one for one in (folder / "adapter", folder) if (one / ADAPTER_FILE).is_file()), None)
+    if found is not None:
+        return found
+    if not folder.exists():
+        fix = "check the path; an adapter is a folder on this machine, such as the `output` of a finished run"
+        raise UserError(f"there is no folder '{target}'", where="model.adapter", fix=fix)
+    if (folder / "model" / "config.json").is_file():
+        fix = f"set model.name: {folder / 'model'}, and remove model.adapter"
+        raise UserError(f"'{target}' is a run that trained all weights", where="model.adapter", fix=fix)
+    if (folder / "plan.json").is_file():
+        fix = "let it finish, or resume it"
+        raise UserError(f"the run in '{target}' holds no adapter yet", where="model.adapter", fix=fix)
+    fix = f"give the folder of a finished run, or one that holds {ADAPTER_FILE}"
+    raise UserError(f"there is no adapter in '{target}'", where="model.adapter", fix=fix)
+
+
+def _check_base(config: Mapping[str, Any], base: str, where: str) -> None:
+    saved = config.get("base_model_name_or_path")
+    if not isinstance(saved, str) or not saved:
+        raise UserError("it names no base model", where=f"{where}/{ADAPTER_FILE}", fix="copy the adapter again")
+    if _place(saved) != _place(base):
+        raise UserError(
+            f"this adapter was trained on {saved}, and model.name is {base}",
+            where=where,
+            fix=f"set model.name: {saved}, or name an adapter of {base}",
+        )
+
+
+def _place(name: str) -> str:
+    """A folder by its whole path, so that `./base` and `/home/me/base` are the same; anything else as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def _refused(why: str, where: str) -> UserError:
+    return UserError(
+        f"an adapter of this kind cannot be trained on: {why}", where=where, fix="begin with a plain LoRA or DoRA"
+    )
+
+
+def _read(config: Mapping[str, Any], family: Family, where: str) -> Start:
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    modules = config.get("target_modules")
+    named = isinstance(modules, list) and bool(modules) and all(isinstance(name, str) for name in modules)
+    good = (
+        type(rank) is int
+        and rank > 0
+        and type(alpha) in (int, float)
+        and type(dropout) in (int, float)
+        and ((isinstance(modules, str) and bool(modules)) or named)
+    )
+    if not good:
+        what = "r, lora_alpha, lora_dropout or target_modules are missing or of the wrong kind"
+        raise UserError(what, where=where, fix="copy the adapter again")
+    assert rank is not None and alpha is not None and modules is not None
+    return Start(
+        rank=rank,
+        alpha=alpha,
+        dropout=float(dropout),
+        target_modules=modules if isinstance(modules, str) else sorted(modules),
+        targets=_preset(modules, family),
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+    )
+
+
+def _preset(modules: str | list[str], family: Family) -> str:
+    """The preset whose pattern this is; for names the smallest that covers them, for a foreign pattern the largest."""
+    if isinstance(modules, str):
+        return next((name for name, pattern in family.lora_targets.items() if pattern == modules), "all-linear")
+    ends = {name.rpartition(".")[2] for name in modules}
+    return "mlp" if ends <= _MLP else "all-linear" if ends & _MLP else "attention"
