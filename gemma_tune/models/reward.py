@@ -135,6 +135,29 @@ def save_head(model: RewardModel, folder: Path, stats: Mapping[str, Any]) -> Non
             raise TrainingError(f"{name} is not finite", where=str(folder), fix="lower optim.learning_rate")
     save_file(state, str(folder / REWARD_HEAD))
     (folder / STATS_FILE).write_text(json.dumps(stats, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    card = folder / "README.md"
+    card.write_text(_with_usage(card.read_text(encoding="utf-8"), stats), encoding="utf-8")
+
+
+_USAGE = """
+It is a reward model: it rates an answer, and writes none. The reward is read at `{token}`, the end of the answer, and on
+the pairs that it was measured with has a mean of {mean:.3g} and a standard deviation of {std:.3g} (reward_stats.json).
+
+```python
+from gemma_tune.models.reward import load_reward
+
+model, tokenizer, family, stats = load_reward("this-folder")
+```
+"""
+
+
+def _with_usage(card: str, stats: Mapping[str, Any]) -> str:
+    """The adapter's card with the way to load a reward model instead of a policy."""
+    before, _, after = card.partition("```python")
+    notes = after.partition("```")[2].partition("(generation_config.json).")[2]
+    return before.rstrip().replace("pipeline_tag: text-generation", "pipeline_tag: text-classification") + (
+        "\n" + _USAGE.format(**stats) + notes
+    )
 
 
 def load_reward(target: str | Path, **changes: Any) -> tuple[RewardModel, Any, Family, dict[str, Any]]:

@@ -131,6 +131,15 @@ def metrics_line(logs: Mapping[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(key, key): value for key, value in logs.items() if key not in _DROPPED}
 
 
+_SHOWN = {
+    "eval_token_accuracy": "token accuracy",
+    "eval_accuracy": "accuracy of pairs",
+    "eval_margin": "margin",
+    "eval_chosen_logps": "log p of chosen answers",
+}
+"""Held-out figures that are shown behind the loss, where a stage has them."""
+
+
 class ProgressDisplay(TrainerCallback):
     """A bar with loss, tokens/s and the time left on a terminal; a line now and then elsewhere."""
 
@@ -173,11 +182,9 @@ class ProgressDisplay(TrainerCallback):
             return
         self._loss = logs.get("loss", self._loss)
         if "eval_loss" in logs:
-            self._console.print(
-                f"step {state.global_step:,}: held-out loss {logs['eval_loss']:.4f}, "
-                f"token accuracy {logs['eval_token_accuracy']:.3f}",
-                highlight=False,
-            )
+            shown = [f"{name} {logs[key]:.3f}" for key, name in _SHOWN.items() if key in logs]
+            text = ", ".join([f"held-out loss {logs['eval_loss']:.4f}", *shown])
+            self._console.print(f"step {state.global_step:,}: {text}", highlight=False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
