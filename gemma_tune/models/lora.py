@@ -17,6 +17,7 @@ from gemma_tune.models.reference import ModelSource, resolve
 from gemma_tune.models.roles import REFERENCE, TRAINED, speak_as, speaking
 from gemma_tune.models.tokenizer import load_tokenizer, open_tokenizer
 from gemma_tune.plan.facts import read_json
+from gemma_tune.plan.starts import REWARD_HEAD, adapter_folder
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-REWARD_HEAD = "reward_head.safetensors"
-"""Beside an adapter that is a reward model: its scalar head (`models.reward`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,19 +126,6 @@ def begin_with(
     active.revision = source.revision if _is_commit(source.revision) else None
     keep_fp32(adapted)
     return adapted
-
-
-def adapter_folder(target: str | Path) -> Path:
-    """The folder that holds the adapter of a run, or of itself.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = Path(target).expanduser()
-    found = next((one for one in (folder / "adapter", folder) if (one / CONFIG).is_file()), None)
-    if found is None:
-        raise UserError("there is no adapter", where=str(folder), fix="give a finished run or an adapter folder")
-    return found
 
 
 def _is_commit(revision: str | None) -> bool:

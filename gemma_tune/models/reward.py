@@ -22,8 +22,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from gemma_tune.errors import TrainingError, UserError
 from gemma_tune.gemma.families import Family
-from gemma_tune.models.lora import REWARD_HEAD, adapter_folder, load_adapted
+from gemma_tune.models.lora import load_adapted
 from gemma_tune.plan.facts import read_json
+from gemma_tune.plan.starts import REWARD_HEAD, adapter_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -140,8 +141,8 @@ def save_head(model: RewardModel, folder: Path, stats: Mapping[str, Any]) -> Non
 
 
 _USAGE = """
-It is a reward model: it rates an answer, and writes none. The reward is read at `{token}`, the end of the answer, and on
-the pairs that it was measured with has a mean of {mean:.3g} and a standard deviation of {std:.3g} (reward_stats.json).
+It is a reward model: it rates an answer, and writes none. The reward is read at `{token}`, the end of the answer. On
+the pairs that it was measured with it has a mean of {mean:.3g} and a standard deviation of {std:.3g}: reward_stats.json.
 
 ```python
 from gemma_tune.models.reward import load_reward
@@ -173,7 +174,7 @@ def load_reward(target: str | Path, **changes: Any) -> tuple[RewardModel, Any, F
     Raises:
         UserError: not a reward model, damaged, or made for another base or template than it finds.
     """
-    folder = adapter_folder(target)
+    folder = adapter_folder(target, where=str(target))
     stats = read_stats(folder)
     trunk, tokenizer, family = load_adapted(folder, **changes)
     check_stats(stats, family, str(folder))

@@ -97,8 +97,12 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
     return start
 
 
-def adapter_folder(target: str) -> Path:
+def adapter_folder(target: str | Path, where: str = "model.adapter") -> Path:
     """The folder of the adapter in a run, or the adapter's own.
+
+    Args:
+        target: run folder or adapter folder.
+        where: what named it, for the message.
 
     Raises:
         UserError: there is none; says what is there instead.
@@ -109,15 +113,15 @@ def adapter_folder(target: str) -> Path:
         return found
     if not folder.exists():
         fix = "check the path; an adapter is a folder on this machine, such as the `output` of a finished run"
-        raise UserError(f"there is no folder '{target}'", where="model.adapter", fix=fix)
+        raise UserError(f"there is no folder '{target}'", where=where, fix=fix)
     if (folder / "model" / "config.json").is_file():
         fix = f"set model.name: {folder / 'model'}, and remove model.adapter"
-        raise UserError(f"'{target}' is a run that trained all weights", where="model.adapter", fix=fix)
+        raise UserError(f"'{target}' is a run that trained all weights", where=where, fix=fix)
     if (folder / "plan.json").is_file():
         fix = "let it finish, or resume it"
-        raise UserError(f"the run in '{target}' holds no adapter yet", where="model.adapter", fix=fix)
+        raise UserError(f"the run in '{target}' holds no adapter yet", where=where, fix=fix)
     fix = f"give the folder of a finished run, or one that holds {ADAPTER_FILE}"
-    raise UserError(f"there is no adapter in '{target}'", where="model.adapter", fix=fix)
+    raise UserError(f"there is no adapter in '{target}'", where=where, fix=fix)
 
 
 def _check_base(config: Mapping[str, Any], base: str, where: str) -> None:

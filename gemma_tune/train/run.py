@@ -20,9 +20,10 @@ from gemma_tune.data.build import Prepared
 from gemma_tune.errors import Aborted, Stopped, TrainingError, UserError
 from gemma_tune.gemma.families import FAMILIES, Family
 from gemma_tune.models.load import check_vocabulary, load_base
-from gemma_tune.models.lora import adapter_folder, attach, begin_with
+from gemma_tune.models.lora import attach, begin_with
 from gemma_tune.models.reference import ModelSource, resolve
 from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
+from gemma_tune.plan.starts import adapter_folder
 from gemma_tune.plan.types import Plan
 from gemma_tune.train import checkpoint, provenance
 from gemma_tune.train.callbacks import MetricsFile, ProgressDisplay, Rhythm, every_tenth, sample_rows

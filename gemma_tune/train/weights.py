@@ -9,9 +9,9 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from gemma_tune.errors import TrainingError
-from gemma_tune.models.lora import REWARD_HEAD
 from gemma_tune.models.reward import RewardModel
 from gemma_tune.models.roles import TRAINED
+from gemma_tune.plan.starts import REWARD_HEAD
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"
