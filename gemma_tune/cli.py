@@ -59,6 +59,9 @@ class Resume(Enum):
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES_HELP, show_default=False)]
+Resuming = Annotated[
+    Resume, typer.Option(help="Go on from the newest good checkpoint: if there is one (auto), or fail (must).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -80,16 +83,31 @@ def _root(
 
 @app.command(context_settings=OVERRIDES)
 def sft(
-    context: typer.Context,
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    resume: Annotated[
-        Resume, typer.Option(help="Go on from the newest good checkpoint: if there is one (auto), or fail (must).")
-    ] = Resume.never,
+    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
 ) -> Job:
     """Supervised fine-tuning: QLoRA, LoRA or full."""
+    return _training("sft", context, recipe, overrides, resume)
+
+
+@app.command(context_settings=OVERRIDES)
+def reward(
+    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
+) -> Job:
+    """A reward model from pairs of answers."""
+    return _training("reward", context, recipe, overrides, resume)
+
+
+@app.command(context_settings=OVERRIDES)
+def dpo(
+    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
+) -> Job:
+    """Direct preference optimisation from pairs of answers."""
+    return _training("dpo", context, recipe, overrides, resume)
+
+
+def _training(stage: str, context: typer.Context, recipe: str, overrides: Sequence[str] | None, resume: Resume) -> Job:
     path, changes = split_recipe([recipe, *(overrides or ())], context)
-    return lambda: _command("sft").run(path, changes, resume.value)
+    return lambda: _command("train").run(stage, path, changes, resume.value)
 
 
 @app.command(context_settings=OVERRIDES)

@@ -56,20 +56,22 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException | Callable[[],
 @pytest.mark.parametrize(
     ("arguments", "call"),
     [
-        ("sft r.yaml", ("sft", "r.yaml", [], "never")),
-        ("sft r.yaml --resume auto", ("sft", "r.yaml", [], "auto")),
-        ("sft --resume=must r.yaml a.b=c", ("sft", "r.yaml", ["a.b=c"], "must")),
-        ("sft r.yaml a.b=c --d.e f --g.h=i", ("sft", "r.yaml", ["a.b=c", "--d.e", "f", "--g.h=i"], "never")),
-        ("sft r.yaml --learning-rate 2", ("sft", "r.yaml", ["--learning-rate", "2"], "never")),
-        ("sft r.yaml --lerning_rate 2", ("sft", "r.yaml", ["--lerning_rate", "2"], "never")),
-        ("sft r.yaml --num_epochs 2", ("sft", "r.yaml", ["--num_epochs", "2"], "never")),
-        ("sft --optim.epochs 2 r.yaml", ("sft", "r.yaml", ["--optim.epochs", "2"], "never")),
-        ("sft a.b=c r.yaml", ("sft", "r.yaml", ["a.b=c"], "never")),
-        ("sft r.yaml --optim.x -1e-4", ("sft", "r.yaml", ["--optim.x", "-1e-4"], "never")),
-        ("sft r.yaml --seed 3 --resume auto", ("sft", "r.yaml", ["--seed", "3"], "auto")),
-        ("sft dir/a=b.yaml", ("sft", "dir/a=b.yaml", [], "never")),
-        ("sft r.yaml other.yaml", ("sft", "r.yaml", ["other.yaml"], "never")),
-        ("sft r.yaml --a.b", ("sft", "r.yaml", ["--a.b"], "never")),
+        ("sft r.yaml", ("train", "sft", "r.yaml", [], "never")),
+        ("reward r.yaml a.b=c", ("train", "reward", "r.yaml", ["a.b=c"], "never")),
+        ("dpo r.yaml --resume must", ("train", "dpo", "r.yaml", [], "must")),
+        ("sft r.yaml --resume auto", ("train", "sft", "r.yaml", [], "auto")),
+        ("sft --resume=must r.yaml a.b=c", ("train", "sft", "r.yaml", ["a.b=c"], "must")),
+        ("sft r.yaml a.b=c --d.e f --g.h=i", ("train", "sft", "r.yaml", ["a.b=c", "--d.e", "f", "--g.h=i"], "never")),
+        ("sft r.yaml --learning-rate 2", ("train", "sft", "r.yaml", ["--learning-rate", "2"], "never")),
+        ("sft r.yaml --lerning_rate 2", ("train", "sft", "r.yaml", ["--lerning_rate", "2"], "never")),
+        ("sft r.yaml --num_epochs 2", ("train", "sft", "r.yaml", ["--num_epochs", "2"], "never")),
+        ("sft --optim.epochs 2 r.yaml", ("train", "sft", "r.yaml", ["--optim.epochs", "2"], "never")),
+        ("sft a.b=c r.yaml", ("train", "sft", "r.yaml", ["a.b=c"], "never")),
+        ("sft r.yaml --optim.x -1e-4", ("train", "sft", "r.yaml", ["--optim.x", "-1e-4"], "never")),
+        ("sft r.yaml --seed 3 --resume auto", ("train", "sft", "r.yaml", ["--seed", "3"], "auto")),
+        ("sft dir/a=b.yaml", ("train", "sft", "dir/a=b.yaml", [], "never")),
+        ("sft r.yaml other.yaml", ("train", "sft", "r.yaml", ["other.yaml"], "never")),
+        ("sft r.yaml --a.b", ("train", "sft", "r.yaml", ["--a.b"], "never")),
         ("check r.yaml", ("check", "r.yaml", [], None, False)),
         ("check r.yaml --machine t4 --json a.b=c", ("check", "r.yaml", ["a.b=c"], "t4", True)),
         ("show r.yaml", ("show", "r.yaml", [], 3, False)),
@@ -82,8 +84,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException | Callable[[],
         ("recipes copy x", ("recipes", "x", None)),
         ("recipes copy x y", ("recipes", "x", "y")),
         ("recipes schema", ("recipes",)),
-        ("--debug sft r.yaml", ("sft", "r.yaml", [], "never")),
-        ("sft r.yaml --debug", ("sft", "r.yaml", [], "never")),
+        ("--debug sft r.yaml", ("train", "sft", "r.yaml", [], "never")),
+        ("sft r.yaml --debug", ("train", "sft", "r.yaml", [], "never")),
     ],
 )
 def test_commands_are_called_as_agreed(arguments: str, call: tuple[Any, ...], calls: Calls) -> None:
@@ -223,7 +225,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
-    for command in ("sft", "check", "show", "doctor", "chat", "recipes"):
+    for command in ("sft", "reward", "dpo", "check", "show", "doctor", "chat", "recipes"):
         assert f"\n  {command}" in text
     assert "..." not in text.partition("Commands:")[2].partition("\n\n")[0], "a command's summary is cut"
 

@@ -1,4 +1,4 @@
-"""`gemma-tune sft`: recipe -> plan -> run, then what came of it."""
+"""`gemma-tune sft`, `reward` and `dpo`: recipe -> plan -> run, then what came of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gemma_tune import console
+from gemma_tune.commands.figures import figures
+from gemma_tune.errors import UserError
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.plan.fit import require_fit
 from gemma_tune.plan.machine import named_machine, probe, world_size_of
@@ -29,19 +31,29 @@ SHOWN_CHARACTERS = 160
 """Of an answer in the table; samples.jsonl has all of it."""
 
 
-def run(recipe: str, overrides: list[str], resume: Resume = "never", machine: str | None = None) -> int:
-    """Train what `recipe` says and print base and tuned answers side by side.
+def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never", machine: str | None = None) -> int:
+    """Train what `recipe` says and print what came of it, base and tuned side by side.
 
     Args:
+        stage: the command; the recipe's `stage` must be the same.
         recipe: path of the recipe.
         overrides: `a.b=c`, in order.
         resume: `never`, `auto` or `must`.
         machine: plan for a machine of the table instead of this one; for tests.
+
+    Raises:
+        UserError: the recipe, or that it is for another command.
     """
     import os
 
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)
+    if read.stage != stage:
+        raise UserError(
+            f"this recipe is for gemma-tune {read.stage}: its stage is {read.stage}",
+            where=recipe,
+            fix=f"gemma-tune {read.stage} {shlex.quote(recipe)}",
+        )
     family, shape = model_facts(read.model.name, read.model.revision)
     start = start_of(read, family)
     from gemma_tune.models.remedies import import_bitsandbytes
@@ -63,7 +75,7 @@ def run(recipe: str, overrides: list[str], resume: Resume = "never", machine: st
 
     results = run_plan(plan, text, resume=resume, console=console.stdout())
     if first:
-        report(results, Path(read.output))
+        report(stage, results, Path(read.output))
     return 0
 
 
@@ -76,10 +88,16 @@ def summary(plan: Plan) -> str:
     micro, accumulation = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
     processes = plan.machine.get("world_size", 1)
     need = total(plan.memory) / 2**30
+    begun = plan.values("session")["adapter"]["start"]
+    if begun:
+        trained += (
+            f" on from {begun}" if plan.values("session")["adapter"]["mode"] == "continue" else f" on top of {begun}"
+        )
+    rows, length = ("rows", "a row") if plan.stage == "sft" else ("pairs", "a prompt with its answer")
     return (
         f"{model['name']} in {held}, {trained}, on {plan.machine['name']}: about {need:.1f} GiB\n"
-        f"batch {micro * accumulation * processes} = {micro} rows x {accumulation} steps x {processes} processes, "
-        f"{data['max_length']} tokens a row, learning rate {trainer['learning_rate']:g}"
+        f"batch {micro * accumulation * processes} = {micro} {rows} x {accumulation} steps x {processes} processes, "
+        f"{data['max_length']} tokens {length}, learning rate {trainer['learning_rate']:g}"
     )
 
 
@@ -112,14 +130,17 @@ def quieten() -> None:
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def report(results: Mapping[str, Any], folder: Path) -> None:
+def report(stage: str, results: Mapping[str, Any], folder: Path) -> None:
     """Answers of base and tuned model side by side, the held-out figures, and where things are."""
     print_answers(results.get("answers", []))
-    for line in figures(results):
+    for line in figures(stage, results):
         console.out(line)
     if "weights" in results:
         console.out(f"result: {folder / results['weights']['folder']}")
-    console.out(f"talk to it: gemma-tune chat {shlex.quote(str(folder))}")
+    if stage == "reward":
+        console.out(f"rate answers with it: gemma_tune.models.reward.load_reward({str(folder)!r})")
+    else:
+        console.out(f"talk to it: gemma-tune chat {shlex.quote(str(folder))}")
 
 
 def print_answers(answers: list[Mapping[str, Any]]) -> None:
@@ -150,27 +171,3 @@ def spoken(answer: Mapping[str, Any] | None) -> str:
 def shown(text: str) -> str:
     line = console.printable(" ".join(text.split()))
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."
-
-
-def figures(results: Mapping[str, Any]) -> list[str]:
-    """Held-out figures of base and tuned model, and the cost."""
-    base, tuned = results.get("base", {}), results.get("tuned", {})
-    lines = []
-    if base.get("loss") is not None and tuned.get("loss") is not None:
-        lines.append(
-            f"held-out loss: {base['loss']:.4f} -> {tuned['loss']:.4f} ({-100 * results['relative_fall']:+.1f} %), "
-            f"perplexity {base['perplexity']:.2f} -> {tuned['perplexity']:.2f}, "
-            f"token accuracy {base['token_accuracy']:.3f} -> {tuned['token_accuracy']:.3f}"
-        )
-    if tuned.get("answers"):
-        lines.append(
-            f"answers that end by themselves: {base['ended']} -> {tuned['ended']} of {tuned['answers']} prompts"
-        )
-    memory = results.get("peak_memory", {})
-    peak = ", ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in memory.items())
-    speed = results.get("tokens_per_second") or 0
-    lines.append(
-        f"{results.get('steps', 0):,} steps, {results.get('tokens_seen', 0):,} tokens in "
-        f"{results.get('train_seconds', 0):,.1f} s of training ({speed:,.0f} tokens/s); peak memory {peak}"
-    )
-    return lines
