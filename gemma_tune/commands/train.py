@@ -88,11 +88,9 @@ def summary(plan: Plan) -> str:
     micro, accumulation = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
     processes = plan.machine.get("world_size", 1)
     need = total(plan.memory) / 2**30
-    begun = plan.values("session")["adapter"]["start"]
-    if begun:
-        trained += (
-            f" on from {begun}" if plan.values("session")["adapter"]["mode"] == "continue" else f" on top of {begun}"
-        )
+    begun = plan.values("session")["adapter"]
+    if begun["start"]:
+        trained += f" {'on from' if begun['mode'] == 'continue' else 'on top of'} {begun['start']}"
     rows, length = ("rows", "a row") if plan.stage == "sft" else ("pairs", "a prompt with its answer")
     return (
         f"{model['name']} in {held}, {trained}, on {plan.machine['name']}: about {need:.1f} GiB\n"

@@ -13,6 +13,7 @@ from rich.console import Console
 from gemma_tune import console
 from gemma_tune.commands import train
 from gemma_tune.errors import UserError
+from tests.unit.plan.recipes import plan_for
 
 RESULTS: dict[str, Any] = {
     "base": {"loss": 4.0, "perplexity": 54.6, "token_accuracy": 0.25, "ended": 1, "answers": 3},
@@ -151,3 +152,13 @@ def test_a_package_can_be_hidden_while_others_are_imported(monkeypatch: pytest.M
 
     with train.unseen("colorsys"):
         assert sys.modules["colorsys"] is colorsys, "what is imported already stays"
+
+
+def test_the_plan_in_two_lines() -> None:
+    changes = {"stage": "dpo", "model.adapter": "runs/quickstart", "batch.micro": 2}
+    first, second = train.summary(plan_for(changes)).splitlines()
+    assert "LoRA r=4 on from runs/quickstart, on rtx4090" in first
+    assert second.startswith("batch 16 = 2 pairs x 8 steps x 1 processes, 1024 tokens a prompt with its answer")
+    stacked = train.summary(plan_for(changes | {"model.adapter_mode": "stack"}))
+    assert "LoRA r=16 on top of runs/quickstart" in stacked
+    assert "= 4 rows x 4 steps" in train.summary(plan_for({"batch.micro": 4}))
