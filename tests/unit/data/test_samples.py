@@ -130,6 +130,8 @@ def test_texts_are_clean() -> None:
 
 def test_counts_are_those_of_the_readme() -> None:
     table = {m[1]: (int(m[2]), m[3]) for m in re.finditer(r"\| `(\w+\.jsonl)` \| (\d+) \| (\d+|–) \|", README)}
+    assert set(table) == {file.name for file in DATA.glob("*.jsonl")}
+    table = {name: table[name] for name in FILES}  # the others: test_pair_samples.py
     exchanges = sum(len(row["messages"]) // 2 for row in CHAT)
     turns = sum(len(row["data"]) // 2 for row in ORIGINAL)
     assert table == {
