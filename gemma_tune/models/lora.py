@@ -140,13 +140,13 @@ def adapted_modules(model: PeftModel) -> list[str]:
 
 
 def keep_fp32(model: torch.nn.Module) -> int:
-    """Give every trainable parameter fp32 again. Call it after the trainer was made.
+    """Give every trainable parameter fp32, whatever the base or the saved adapter has.
 
-    TRL 1.16 casts the adapter of a quantised model to bf16 (sft_trainer.py; it had decided against it in trl#1644). An
-    update below 1/256 of a weight's size is then rounded away, so at small learning rates most of A never moves.
+    An update below 1/256 of a weight's size is rounded away in bf16, so that at small learning rates most of A never
+    moves. `train.trainer.sheltered` keeps TRL from casting them down again.
 
     Returns:
-        How many tensors were cast back.
+        How many tensors were cast.
     """
     import torch
 

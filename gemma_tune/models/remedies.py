@@ -6,7 +6,7 @@ defect without its remedy, so that a test fails on the day it is no longer neede
 Three more remedies live elsewhere, because no loaded model shows them:
 - Multimodal Gemma 3n and 4 claim `accepts_loss_kwargs = False`, so the Trainer averages each accumulation step by
   itself and weights rows wrongly (transformers 5.23). `train/` sets `model_accepts_loss_kwargs` on its trainer.
-- TRL 1.16 casts the adapters of a quantised model to bf16. `models.lora.keep_fp32` undoes it.
+- TRL 1.16 casts the adapters of a quantised model to bf16. `train.trainer.sheltered` keeps them from it.
 - A list of module names as LoRA targets fails on Gemma 4 and reaches into vision towers (peft#3129). The targets of
   `gemma.families` are one regular expression over whole names.
 """

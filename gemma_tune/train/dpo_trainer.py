@@ -14,13 +14,12 @@ from trl import DPOConfig, DPOTrainer
 
 from gemma_tune.data.collate import PairCollator
 from gemma_tune.gemma.families import Family
-from gemma_tune.models.lora import keep_fp32
-from gemma_tune.models.roles import TRAINED, policy_adapters, speak_as
+from gemma_tune.models.roles import policy_adapters, speak_as
 from gemma_tune.train.evaluate import eval_mode, lent_settings, pad_left, shares
 from gemma_tune.train.loss_head import use_frozen_head
 from gemma_tune.train.reference import answer_log_probs, reference_log_probs
 from gemma_tune.train.session import RunFolder
-from gemma_tune.train.trainer import RunTrainer, Surroundings
+from gemma_tune.train.trainer import RunTrainer, Surroundings, sheltered
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -82,18 +81,16 @@ class DpoTrainer(RunTrainer, DPOTrainer):
         around: Surroundings,
         mode: str = "continue",
     ) -> None:
-        super().__init__(
-            model=model, args=config, data_collator=collator, train_dataset=train, processing_class=tokenizer
-        )
-        # TRL copies the adapter of a PeftModel into a reference of its own ("ref"): for a new adapter that is the plain
-        # base at the price of an adapter, and its switches undo what is frozen (models/roles.py).
-        if "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")
+        with sheltered(model):
+            super().__init__(
+                model=model, args=config, data_collator=collator, train_dataset=train, processing_class=tokenizer
+            )
+            # TRL copies the adapter of a PeftModel into a reference of its own ("ref"): for a new adapter that is the
+            # plain base at the price of an adapter, and its switches undo what is frozen (models/roles.py).
+            if "ref" in self.model.peft_config:
+                self.model.delete_adapter("ref")
         speak_as(self.model, policy_adapters(self.model, mode))
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad = f".{TRAINED}." in name or name.endswith(f".{TRAINED}")
         self.settle(around)
-        keep_fp32(self.model)
         use_frozen_head(self.plain_model())
         # From here on TRL reads the reference's log-probabilities from the batch.
         self.precompute_ref_logps = True

@@ -13,10 +13,9 @@ from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
 
 from gemma_tune.data.collate import PairCollator
-from gemma_tune.models.lora import keep_fp32
 from gemma_tune.models.reward import RewardModel
 from gemma_tune.train.evaluate import eval_mode, shares
-from gemma_tune.train.trainer import RunTrainer, Surroundings
+from gemma_tune.train.trainer import RunTrainer, Surroundings, sheltered
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +75,15 @@ class RewardTrainer(RunTrainer, TrlRewardTrainer):
         around: Surroundings,
     ) -> None:
         model.config.num_labels = 1  # TRL looks for it before it takes a model
-        super().__init__(
-            model=model,  # type: ignore[arg-type]  # all that it asks of a model, ours has
-            args=config,
-            data_collator=collator,
-            train_dataset=train,
-            processing_class=tokenizer,
-        )
+        with sheltered(model):
+            super().__init__(
+                model=model,  # type: ignore[arg-type]  # all that it asks of a model, ours has
+                args=config,
+                data_collator=collator,
+                train_dataset=train,
+                processing_class=tokenizer,
+            )
         self.settle(around)
-        keep_fp32(self.model)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """The rows are token ids already. Those that are too long were dropped, and counted, before."""

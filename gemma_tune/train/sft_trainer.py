@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from gemma_tune.data.collate import IGNORED, Collator
 from gemma_tune.train.evaluate import HeldOut, held_out_loss
 from gemma_tune.train.loss_head import use_frozen_head
-from gemma_tune.train.trainer import RunTrainer, Surroundings
+from gemma_tune.train.trainer import RunTrainer, Surroundings, sheltered
 
 
 class SftTrainer(RunTrainer, SFTTrainer):
@@ -30,9 +30,10 @@ class SftTrainer(RunTrainer, SFTTrainer):
     def __init__(
         self, *, model: Any, tokenizer: Any, collator: Collator, train: Any, config: SFTConfig, around: Surroundings
     ) -> None:
-        super().__init__(
-            model=model, args=config, data_collator=collator, train_dataset=train, processing_class=tokenizer
-        )
+        with sheltered(model):
+            super().__init__(
+                model=model, args=config, data_collator=collator, train_dataset=train, processing_class=tokenizer
+            )
         self.settle(around)
         # The classes of Gemma 3n and 4 carry accepts_loss_kwargs = False, and the Trainer then withholds the number of
         # trained tokens of the whole accumulated batch: each micro batch would weigh the same, however many it has.
