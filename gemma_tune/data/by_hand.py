@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gemma_tune.data.cells import RowError, as_text, kind_of, written_json
+from gemma_tune.data.cells import RowError, as_number, as_text, kind_of, written_json
 from gemma_tune.gemma.conversation import Conversation, Document, Message, Preference, ToolCall
 
 
@@ -40,12 +39,8 @@ def _check_preference(example: Preference) -> None:
         if message.role != "model":
             raise RowError(f"is a '{message.role}' turn, not an answer of the model", where, kind="bad Preference")
     _check_tools(example.tools)
-    if example.margin is not None and (
-        isinstance(example.margin, bool)
-        or not isinstance(example.margin, (int, float))
-        or not math.isfinite(example.margin)
-    ):
-        raise RowError("is no finite number", "margin", kind="bad Preference")
+    if example.margin is not None:
+        as_number(example.margin, "margin")
     as_text(example.group, "group")
 
 

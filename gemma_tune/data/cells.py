@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
 
+_LARGEST = 1e38
+"""The difference of two such numbers is still a float32."""
+
 
 class SourceRow(NamedTuple):
     """One row as a source yields it: its number from 1, its value (or why it has none), and where it stands."""
@@ -84,6 +87,15 @@ def _blocks(blocks: Collection[Any], where: str, trim: bool) -> str:
             raise RowError("is a list, not text", f"{place}.text", kind="content is not text")
         texts.append(as_text(block.get("text"), f"{place}.text"))
     return texts[0] if len(texts) == 1 else "".join(part.strip() if trim else part for part in texts)
+
+
+def as_number(value: Any, where: str) -> float:
+    """A number that float32 can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowError(f"is {kind_of(value)}, not a number", where, kind=f"{_column(where)} is not a number")
+    if not -_LARGEST < value < _LARGEST:  # false for NaN as well
+        raise RowError("is not a finite number", where, kind=f"{_column(where)} is not a number")
+    return float(value)
 
 
 def optional_text(item: Row, key: str, where: str) -> str | None:

@@ -6,7 +6,6 @@ here is pure. A row that does not have its layout raises `RowError`, never anyth
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 from gemma_tune.data import rows
-from gemma_tune.data.cells import Row, RowError, as_text, kind_of, listed
+from gemma_tune.data.cells import Row, RowError, as_number, as_text, kind_of, listed
 from gemma_tune.data.columns import renamed, suggest_columns
 from gemma_tune.data.messages import openai_message, sharegpt_message, system_turn, thinking_of, tools_of, turns_of
 from gemma_tune.gemma.conversation import Message, Preference, Role
@@ -305,23 +304,11 @@ def _shared(first: Sequence[Message], second: Sequence[Message]) -> int:
 def _margin(row: Row) -> float | None:
     """`margin`, else how much higher `chosen` was rated; None where one of the ratings is missing."""
     if row.get("margin") is not None:
-        return _number(row["margin"], "margin")
+        return as_number(row["margin"], "margin")
     for chosen, rejected in RATINGS:
         if row.get(chosen) is not None and row.get(rejected) is not None:
-            return _number(row[chosen], chosen) - _number(row[rejected], rejected)
+            return as_number(row[chosen], chosen) - as_number(row[rejected], rejected)
     return None
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowError(f"is {kind_of(value)}, not a number", where, kind=f"{where} is not a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise RowError("is not a finite number", where, kind=f"{where} is not a number")
-    return number
 
 
 def _group(row: Row) -> str:

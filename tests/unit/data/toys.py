@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.data.build import Prepared, build
+from gemma_tune.data.pairs import build_pairs
+from gemma_tune.gemma.conversation import Example, Preference
 from gemma_tune.gemma.families import FAMILIES, Family
 
 GEMMA1, GEMMA3, GEMMA4 = FAMILIES["gemma1"], FAMILIES["gemma3_text"], FAMILIES["gemma4"]
@@ -40,7 +42,16 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> str:
     return str(path)
 
 
-def prepare(rows: Sequence[Any] | str, folder: Path, family: Family = GEMMA3, **settings: Any) -> Prepared:
+def prepare(rows: Sequence[Any] | str, folder: Path, family: Family = GEMMA3, **settings: Any) -> Prepared[Example]:
     """`build` over rows (or a file), small and without holdout unless asked for."""
     name = rows if isinstance(rows, str) else write_jsonl(folder / "rows.jsonl", rows)
     return build(family, ByteEncoder(), **{"sources": [{"name": name}], "max_length": 512, "holdout": 0} | settings)
+
+
+def prepare_pairs(
+    rows: Sequence[Any] | str, folder: Path | None, family: Family = GEMMA3, **settings: Any
+) -> Prepared[Preference]:
+    """`build_pairs` over rows (or a file), small and without holdout unless asked for."""
+    name = rows if isinstance(rows, str) else write_jsonl(folder / "rows.jsonl", rows)  # type: ignore[operator]
+    defaults: dict[str, Any] = {"sources": [{"name": name}], "max_length": 512, "holdout": 0}
+    return build_pairs(family, ByteEncoder(), **defaults | settings)
