@@ -130,27 +130,35 @@ def lora_choices(recipe: Recipe, family: Family, start: Start | None) -> dict[st
     """Keywords of `peft.LoraConfig`; empty for a full fine-tune. An adapter that is continued keeps its own."""
     if recipe.adapter is None:
         return {}
-    if start is not None and continues(recipe):
-        saved = f"of the adapter in {recipe.model.adapter}, which is trained on"
-        silent = "" if recipe.stage == "sft" else f"; switched off in {recipe.stage}"
-        return {
-            "r": Choice(start.rank, saved),
-            "lora_alpha": Choice(start.alpha, saved),
-            "lora_dropout": Choice(start.dropout, saved + silent),
-            "target_modules": Choice(start.target_modules, saved),
-            "use_rslora": Choice(start.rslora, saved),
-            "use_dora": Choice(start.dora, saved),
-        }
+    chosen = _saved(recipe, start) if start is not None and continues(recipe) else _new(recipe, family)
+    return chosen | {
+        "bias": Choice("none", "Gemma's linear layers have none"),
+        "task_type": Choice("CAUSAL_LM", "what is trained"),
+    }
+
+
+def _saved(recipe: Recipe, start: Start) -> dict[str, Choice]:
+    why = f"of the adapter in {recipe.model.adapter}, which is trained on"
+    silent = "" if recipe.stage == "sft" else f"; switched off in {recipe.stage}"
+    return {
+        "r": Choice(start.rank, why),
+        "lora_alpha": Choice(start.alpha, why),
+        "lora_dropout": Choice(start.dropout, why + silent),
+        "target_modules": Choice(start.target_modules, why),
+        "use_rslora": Choice(start.rslora, why),
+        "use_dora": Choice(start.dora, why),
+    }
+
+
+def _new(recipe: Recipe, family: Family) -> dict[str, Choice]:
+    targets = written(recipe, "adapter.targets").value
     return {
         "r": written(recipe, "adapter.r"),
         "lora_alpha": written(recipe, "adapter.alpha"),
         "lora_dropout": written(recipe, "adapter.dropout"),
         "target_modules": Choice(
-            family.lora_targets[recipe.adapter.targets],
-            f"{recipe.adapter.targets} of the text decoder; a list of names reaches the towers",
+            family.lora_targets[targets], f"{targets} of the text decoder; a list of names reaches the towers"
         ),
         "use_rslora": written(recipe, "adapter.rslora"),
         "use_dora": written(recipe, "adapter.dora"),
-        "bias": Choice("none", "Gemma's linear layers have none"),
-        "task_type": Choice("CAUSAL_LM", "what is trained"),
     }

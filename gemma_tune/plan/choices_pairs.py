@@ -7,6 +7,7 @@ from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Dpo, Recipe
 
 NO_DROPOUT = "both answers of a pair, and the reference, must be seen by the same network"
+SCORES = "an answer's score is the plain sum over its tokens, for the policy and for the reference"
 REFERENCE = "the reference stays as it was at the start"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gemma_tune.plan.choices_batch import Batch
 from gemma_tune.plan.choices_model import Precision
-from gemma_tune.plan.choices_pairs import NO_DROPOUT, REFERENCE, dpo_choices, pair_choices, reward_choices
+from gemma_tune.plan.choices_pairs import NO_DROPOUT, REFERENCE, SCORES, dpo_choices, pair_choices, reward_choices
 from gemma_tune.plan.machine import Machine
 from gemma_tune.plan.stages import has_pairs, written
 from gemma_tune.plan.types import Choice
@@ -38,6 +38,8 @@ _FIXED_OF_STAGE: dict[str, dict[str, str]] = {
         "truncation_mode": _OWN_DATA,
         "disable_dropout": NO_DROPOUT,
         "pad_to_multiple_of": _OWN_DATA,
+        "ld_alpha": SCORES,
+        "use_weighting": SCORES,
         "sync_ref_model": REFERENCE,
         "ref_model_mixup_alpha": REFERENCE,
         "ref_model_sync_steps": REFERENCE,

@@ -84,6 +84,8 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
     for key, why in _UNSUPPORTED.items():
         if config.get(key):
             raise _refused(f"{why} ({key})", where)
+    if config.get("bias", "none") != "none":
+        raise _refused("it holds biases beside its updates (bias)", where)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{WEIGHTS} is missing", where=where, fix="copy the adapter again, all of its files")
     start = _read(config, family, str(folder / ADAPTER_FILE))

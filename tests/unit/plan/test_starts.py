@@ -86,6 +86,7 @@ def test_a_local_base_is_the_same_however_it_is_written(tmp_path: Path, monkeypa
         ({"base_model_name_or_path": "google/gemma-2-2b"}, "google/gemma-2-2b, and model.name is google/gemma-3-1b"),
         ({"base_model_name_or_path": None}, "names no base model"),
         ({"peft_type": "IA3"}, "its kind is 'IA3'"),
+        ({"bias": "lora_only"}, "biases"),
         ({"modules_to_save": ["embed_tokens"]}, "whole layers"),
         ({"rank_pattern": {"q_proj": 4}}, "ranks differ"),
         ({"alpha_pattern": {"q_proj": 4}}, "scales differ"),

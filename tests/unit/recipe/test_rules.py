@@ -89,7 +89,7 @@ def findings(*arguments: str, **changes: str) -> list[str]:
         (
             "dpo",
             {"model": ", adapter_mode: continue"},
-            "r.yaml:2: model.adapter_mode: continue (line 2) is about a saved adapter, but model.adapter (default) names none",
+            "model.adapter_mode: continue (line 2) is about a saved adapter, but model.adapter (default) names none",
         ),
         (
             "reward",
