@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-import pytest
+import random
 
-from gemma_tune.data.collate import IGNORED, Collator
+import pytest
+import torch
+
+from gemma_tune.data.collate import IGNORED, Collator, PairCollator
 
 LONG = {"input_ids": [2, 11, 12, 2, 13], "labels": [IGNORED, 11, 12, IGNORED, 13], "position_ids": [0, 1, 2, 0, 1]}
 SHORT = {"input_ids": [2, 21], "labels": [IGNORED, 21], "position_ids": [0, 1]}
@@ -66,3 +69,57 @@ def test_flash_attention_gets_packed_rows_end_to_end_and_would_miss_the_document
     }
     assert _is_packed_sequence(batch["position_ids"], batch_size=1)
     assert flatten.tokens(batch) == 7
+
+
+# -------------------------------------------------------------------------------------------------------------- pairs
+
+PAIRS = [
+    {"prompt_ids": [2, 11, 12], "chosen_ids": [13, 14], "rejected_ids": [15]},
+    {"prompt_ids": [2, 21], "chosen_ids": [22], "rejected_ids": [23, 24]},
+]
+
+
+def test_pairs_come_chosen_first_with_a_mask_of_their_answers() -> None:
+    batch = PairCollator(7)(PAIRS)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[2, 11, 12, 13, 14], [2, 21, 22, 7, 7], [2, 11, 12, 15, 7], [2, 21, 23, 24, 7]],
+        "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]],
+        "completion_mask": [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0]],
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert PairCollator(7).tokens(batch) == 5 + 3 + 4 + 4
+
+
+@pytest.mark.parametrize("extra", [(), ("ref_chosen_logps", "ref_rejected_logps")])
+def test_pairs_are_laid_out_as_trl_lays_them_out(extra: tuple[str, ...]) -> None:
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    rng = random.Random(3)
+    rows = [
+        {name: [rng.randrange(9) for _ in range(rng.randrange(1, 9))] for name in PAIRS[0]}
+        | {name: -rng.random() * 99 for name in extra}
+        for _ in range(17)
+    ]
+    ours, theirs = PairCollator(5)(rows), DataCollatorForPreference(pad_token_id=5)(rows)
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype, name
+
+
+def test_the_halves_of_a_reward_batch_are_those_of_trl() -> None:
+    from trl.trainer.reward_trainer import DataCollatorForPreference
+
+    whole = [
+        {side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} | {"margin": margin}
+        for row, margin in zip(PAIRS, (0.5, 2), strict=True)
+    ]
+    theirs = DataCollatorForPreference(pad_token_id=7)(whole)
+    ours = PairCollator(7)([row | {"margin": margin} for row, margin in zip(PAIRS, (0.5, 2), strict=True)])
+    assert set(ours) - set(theirs) == {"completion_mask"}
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype, name
+
+
+def test_a_row_without_what_the_others_have_is_an_error() -> None:
+    with pytest.raises(KeyError, match="margin"):
+        PairCollator(0)([PAIRS[0] | {"margin": 1.0}, PAIRS[1]])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from gemma_tune.data.cells import RowError
 from gemma_tune.data.sources import NAMED, named, open_source
 from gemma_tune.errors import AccessError, UserError
-from gemma_tune.gemma.conversation import Conversation, Document, Message
+from gemma_tune.gemma.conversation import Conversation, Document, Message, Preference
 from tests.unit.data.toys import chat, write_jsonl
 
 
@@ -79,6 +80,90 @@ def test_splits_without_answers_are_refused(name: str, split: str) -> None:
     with pytest.raises(UserError, match="nothing to train on") as caught:
         open_source({"name": name, "split": split})
     assert f"split: {split.replace('gen', 'sft')}" in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- pairs
+
+PAIR = Preference((Message("user", "q"),), Message("model", "good"), Message("model", "bad"))
+
+
+def chats(**more: Any) -> dict[str, Any]:
+    return {side: chat("q", answer)["messages"] for side, answer in (("chosen", "good"), ("rejected", "bad"))} | more
+
+
+def test_ultrafeedback(hub: dict[str, Any]) -> None:
+    hub["rows"] = [chats(prompt="q", messages=chat("q", "good")["messages"], score_chosen=8.0, score_rejected=7.5)]
+    (found,) = examples({"name": "ultrafeedback"}, wanted="preferences")
+    assert found == replace(PAIR, margin=0.5)
+    assert hub["asked"]["path"] == "HuggingFaceH4/ultrafeedback_binarized"
+    assert hub["asked"]["split"] == "train_prefs"
+
+
+def test_hh_rlhf(hub: dict[str, Any]) -> None:
+    hub["rows"] = [{side: f"\n\nHuman: q\n\nAssistant: {a}" for side, a in (("chosen", "good"), ("rejected", "bad"))}]
+    assert examples({"name": "hh_rlhf"}, wanted="preferences") == [PAIR]
+    assert (hub["asked"]["path"], hub["asked"]["split"]) == ("Anthropic/hh-rlhf", "train")
+
+
+@pytest.mark.parametrize("split", ["train_sft", "test_gen", "train_gen"])
+@pytest.mark.parametrize("name", ["ultrafeedback", "HuggingFaceH4/ultrafeedback_binarized"])
+def test_splits_that_are_not_for_pairs_are_refused(name: str, split: str) -> None:
+    with pytest.raises(UserError, match="nothing to train on") as caught:
+        open_source({"name": name, "split": split}, wanted="preferences")
+    assert f"set split: {split.partition('_')[0]}_prefs" in str(caught.value)
+
+
+def test_the_conversations_of_ultrafeedback_are_for_sft(hub: dict[str, Any]) -> None:
+    hub["rows"] = [chats(prompt="q", messages=chat("q", "good")["messages"])]
+    name = "HuggingFaceH4/ultrafeedback_binarized"
+    assert examples({"name": name, "split": "train_sft"}) == [PAIR.conversation(PAIR.chosen)]
+    with pytest.raises(UserError, match="prompts without an answer") as caught:
+        open_source({"name": name, "split": "train_gen"})
+    assert "set split: train_sft" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "stage", "other"),
+    [
+        ("ultrafeedback", "examples", "stage: dpo or reward", "ultrachat"),
+        ("hh_rlhf", "examples", "stage: dpo or reward", "ultrachat"),
+        ("ultrachat", "preferences", "stage: sft", "ultrafeedback, hh_rlhf"),
+        ("english_quotes", "preferences", "stage: sft", "ultrafeedback, hh_rlhf"),
+    ],
+)
+def test_a_named_set_of_another_stage_is_refused_before_it_is_fetched(
+    hub: dict[str, Any], name: str, wanted: Any, stage: str, other: str
+) -> None:
+    with pytest.raises(UserError, match=f"'{name}' holds") as caught:
+        open_source({"name": name}, wanted=wanted)
+    assert stage in str(caught.value) and other in str(caught.value)
+    assert hub["asked"] is None
+
+
+def test_every_way_to_name_a_source_gives_pairs(hub: dict[str, Any], tmp_path: Path) -> None:
+    hub["rows"] = [chats()]
+    (tmp_path / "mine.py").write_text(f"def rows():\n    yield {chats()!r}\n")
+    file = write_jsonl(tmp_path / "rows.jsonl", [chats()])
+    for name in ("owner/set", file, f"{tmp_path}/mine.py:rows"):
+        assert examples({"name": name}, wanted="preferences") == [PAIR]
+    assert len(examples({"name": "sample:hh_rlhf", "limit": 7}, wanted="preferences")) == 7
+    hub["rows"] = [{"ask": "q", "yes": "good", "no": "bad"}]
+    columns = {"prompt": "ask", "chosen": "yes", "rejected": "no"}
+    assert examples({"name": "owner/set", "columns": columns}, wanted="preferences") == [PAIR]
+    with pytest.raises(RowError, match="format 'text' holds no pairs"):
+        examples({"name": "owner/set", "format": "text"}, wanted="preferences")
+
+
+def test_one_preference_is_not_rows(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from gemma_tune.gemma.conversation import Message, Preference\n"
+        "def rows():\n    return Preference((Message('user', 'q'),), Message('model', 'a'), Message('model', 'b'))\n"
+    )
+    with pytest.raises(UserError, match="rows returned Preference, not rows"):
+        list(open_source({"name": f"{tmp_path}/mine.py:rows"}, wanted="preferences"))
+
+
+# ------------------------------------------------------------------------------------------------- names and formats
 
 
 def test_a_named_set_that_changed_is_a_row_error(hub: dict[str, Any]) -> None:

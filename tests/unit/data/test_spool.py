@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gemma_tune.data.cells import RowError
 from gemma_tune.data.spool import Spool, from_json, to_json
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, ToolCall
+from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, Preference, ToolCall
 
 _text = st.text(st.characters(exclude_categories=["Cs"]))
 _json: Any = st.recursive(
@@ -31,18 +31,28 @@ _tools = st.lists(st.dictionaries(_text, _json, max_size=2), max_size=2).map(tup
 _example = st.one_of(
     st.builds(Document, _text),
     st.builds(Conversation, st.lists(_message, min_size=1, max_size=3).map(tuple), _tools, st.booleans()),
+    st.builds(
+        Preference,
+        st.lists(_message, min_size=1, max_size=3).map(tuple),
+        _message,
+        _message,
+        _tools,
+        st.booleans(),
+        st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False)),
+        _text,
+    ),
 )
 
 
 @given(example=_example)
-def test_an_example_survives(example: Example) -> None:
+def test_an_example_survives(example: Example | Preference) -> None:
     assert from_json(to_json(example)) == example
     assert "\n" not in to_json(example)
 
 
 @given(examples=st.lists(_example, max_size=4))
-def test_read_back_in_any_order(examples: list[Example]) -> None:
-    spool = Spool()
+def test_read_back_in_any_order(examples: list[Example | Preference]) -> None:
+    spool: Spool[Example | Preference] = Spool()
     for example in examples:
         spool.append(example)
     assert len(spool) == len(examples)

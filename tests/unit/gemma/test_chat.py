@@ -10,13 +10,16 @@ import pytest
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.chat import (
     Rendered,
+    RenderedPair,
     check_conversation,
+    check_preference,
     render,
     render_document,
     render_many,
+    render_preferences,
     render_prompt,
 )
-from gemma_tune.gemma.conversation import Conversation, Document, Message, ToolCall
+from gemma_tune.gemma.conversation import Conversation, Document, Message, Preference, ToolCall
 from gemma_tune.gemma.families import FAMILIES, Family
 from tests.unit.gemma.toys import Characters, decode
 
@@ -245,3 +248,99 @@ def test_what_a_generation_refuses(family: Family, conversation: Conversation, r
 def test_what_a_generation_accepts(family: Family, conversation: Conversation) -> None:
     assert check_conversation(conversation, family) is None
     assert render(conversation, family, Characters()).ids[0] == family.bos_id
+
+
+# -------------------------------------------------------------------------------------------------------------- pairs
+
+
+def parts(pair: RenderedPair, family: Family) -> tuple[str, str, str]:
+    return decode(pair.prompt, family), decode(pair.chosen, family), decode(pair.rejected, family)
+
+
+def test_a_pair_ends_at_its_turn_ends() -> None:
+    preference = Preference((SYSTEM, HELLO, ANSWER, MORE), Message("model", " Yes "), Message("model", "No"))
+    (pair,) = render_preferences([preference], G3, Characters())
+    assert parts(pair, G3) == (
+        "<bos><start_of_turn>user\nBe brief.\n\nHello<end_of_turn>\n<start_of_turn>model\nHi<end_of_turn>\n"
+        "<start_of_turn>user\nMore<end_of_turn>\n<start_of_turn>model\n",
+        "Yes<end_of_turn>",
+        "No<end_of_turn>",
+    )
+    assert pair.prompt == render_prompt(preference.conversation(), G3, Characters())
+
+
+def test_many_pairs_are_encoded_with_one_call_and_the_prompt_once() -> None:
+    calls: list[Sequence[str]] = []
+
+    class Counting(Characters):
+        def encode(self, texts: Sequence[str]) -> list[list[int]]:
+            calls.append(texts)
+            return super().encode(texts)
+
+    pairs = [Preference((HELLO,), Message("model", f"a{n}"), Message("model", f"b{n}")) for n in range(5)]
+    found = render_preferences(pairs, G3, Counting())
+    assert [parts(pair, G3)[1:] for pair in found] == [(f"a{n}<end_of_turn>", f"b{n}<end_of_turn>") for n in range(5)]
+    (texts,) = calls
+    assert len(set(texts)) == len(texts)
+    assert render_preferences([], G3, Counting()) == []
+
+
+def test_gemma_4_pairs_of_calls_and_thoughts() -> None:
+    call = Message("model", "", thinking="hm", tool_calls=(CALL,))
+    preference = Preference((HELLO,), call, ANSWER, tools=(TOOL,))
+    (pair,) = render_preferences([preference], G4, Characters())
+    _, chosen, rejected = parts(pair, G4)
+    assert chosen.startswith("<|channel>thought\nhm\n<channel|><|tool_call>call:add{")
+    assert chosen.endswith("<tool_call|><|tool_response>")
+    assert rejected == "Hi<turn|>"
+
+
+def test_gemma_4_goes_on_from_the_thought_that_its_prompt_opens() -> None:
+    *before, answer = CALLS
+    sides = [Message("model", text, thinking=text.lower()) for text in ("Three", "Four")]
+    preference = Preference(tuple(before), *sides, tools=(TOOL,), thinking=True)
+    (pair,) = render_preferences([preference], G4, Characters())
+    prompt, chosen, rejected = parts(pair, G4)
+    assert prompt.endswith("<tool_response|><|channel>thought\n")
+    assert (chosen, rejected) == ("three\n<channel|>Three<turn|>", "four\n<channel|>Four<turn|>")
+    without = Preference(tuple(before), sides[0], answer, tools=(TOOL,), thinking=True)
+    assert check_preference(without, G4) == (
+        "rejected: Gemma 4 is not prompted for this answer: its prompt already says something else"
+    )
+    with pytest.raises(UserError, match="rejected: Gemma 4 is not prompted"):
+        render_preferences([without], G4, Characters())
+
+
+@pytest.mark.parametrize(
+    ("preference", "reason"),
+    [
+        (Preference((HELLO, ANSWER), ANSWER, ANSWER), "chosen: turn 3 is 'model' after 'model'"),
+        (Preference((HELLO,), ANSWER, MORE), "rejected: turn 2 is 'user' after 'user'"),
+        (Preference((), ANSWER, ANSWER), "chosen: turn 1 is 'model'"),
+        (Preference((HELLO,), Message("model", "x", thinking="y"), ANSWER), "chosen: Gemma 3 has no thinking"),
+    ],
+)
+def test_what_cannot_be_rendered_as_a_pair(preference: Preference, reason: str) -> None:
+    assert (check_preference(preference, G3) or "").startswith(reason)
+    with pytest.raises(UserError, match=r"chosen|rejected"):
+        render_preferences([preference], G3, Characters())
+
+
+def test_a_pair_that_could_be_rendered_has_no_reason() -> None:
+    for family in FAMILIES.values():
+        assert check_preference(Preference((HELLO, ANSWER, MORE), ANSWER, ANSWER), family) is None
+
+
+def test_an_encoder_that_joins_prompt_and_answer_is_an_error() -> None:
+    class Joining(Characters):
+        def encode(self, texts: Sequence[str]) -> list[list[int]]:
+            # What a tokenizer would do that reads the header and the text behind it as one word.
+            encoded = zip(texts, super().encode(texts), strict=True)
+            return [[900_001] if text == "thought\nhm\n" else ids for text, ids in encoded]
+
+    *before, _ = CALLS
+    side = Message("model", "x", thinking="hm")
+    preference = Preference(tuple(before), side, side, tools=(TOOL,), thinking=True)
+    assert check_preference(preference, G4) is None
+    with pytest.raises(RuntimeError, match="joins the prompt with its answer"):
+        render_preferences([preference], G4, Joining())
