@@ -12,9 +12,13 @@ from gemma_tune.cli import main
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.recipe.reader import read_recipe
 from gemma_tune.recipe.shipped import Shipped, shipped_recipes
-from tests.integration.tiny_runs import document
+from tests.integration.tiny_runs import document, write_recipe
 
-SAMPLE_OF = {"ultrachat": "ultrachat_200k", "english_quotes": "english_quotes"}
+SAMPLE_OF = {
+    "ultrachat": "ultrachat_200k",
+    "english_quotes": "english_quotes",
+    "ultrafeedback": "ultrafeedback_binarized",
+}
 
 
 def source_for(name: str) -> str:
@@ -30,9 +34,9 @@ def test_a_shipped_recipe_runs_on_a_tiny_model_of_its_generation(
 ) -> None:
     read = read_recipe(recipe.path)
     family, _ = model_facts(read.model.name, read.model.revision)
-    run = tmp_path / "run"
+    base, run = tiny(family.name), tmp_path / "run"
     smaller = [
-        f"model.name={tiny(family.name)}",
+        f"model.name={base}",
         f"data.sources.0.name={source_for(read.data.sources[0].name)}",
         "data.sources.0.limit=40",
         "data.max_length=256",
@@ -42,13 +46,21 @@ def test_a_shipped_recipe_runs_on_a_tiny_model_of_its_generation(
         "batch.micro=1",
         "evaluation.every=2",
         "evaluation.max_rows=2",
-        "samples.max_new_tokens=3",
-        "samples.held_out=1",
         f"output={run}",
     ]
-    assert main(["sft", str(recipe.path), *smaller]) == 0
+    if read.stage != "reward":
+        smaller += ["samples.max_new_tokens=3", "samples.held_out=1"]
+    if read.model.adapter:
+        begun = tmp_path / "begun"
+        begun.mkdir()
+        assert main(["sft", str(write_recipe(begun, base, optim={"max_steps": 1}, samples={"held_out": 0}))]) == 0
+        smaller.append(f"model.adapter={begun / 'run'}")
+    assert main([read.stage, str(recipe.path), *smaller]) == 0
     record = document(run / "run.json")
     assert record["status"] == "finished" and record["family"] == family.name
     assert record["results"]["steps"] == 2
-    assert math.isfinite(record["results"]["tuned"]["loss"])
+    assert record["stage"] == read.stage and math.isfinite(record["results"]["tuned"]["loss"])
+    if read.stage != "sft":
+        assert record["results"]["tuned"]["pairs"] == 2
+        assert (run / "adapter" / "reward_head.safetensors").is_file() == (read.stage == "reward")
     assert (run / "adapter" / "adapter_model.safetensors").stat().st_size > 1000
