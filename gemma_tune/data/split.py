@@ -58,8 +58,8 @@ def hold_out(groups: Sequence[bytes], holdout: float, seed: int) -> set[int]:
         held.update(members[min(order, key=lambda group: len(members[group]))])
     if not held or len(held) == rows:
         raise UserError(
-            f"all {rows:,} rows begin with the same user turn, or come from one text, and cannot be split without "
-            "leakage",
+            f"all {rows:,} rows begin with the same user turn, are of one group, or come from one text, and cannot be "
+            "split without leakage",
             where="data.holdout",
             fix="set data.holdout: 0",
         )
