@@ -142,7 +142,7 @@ def save_head(model: RewardModel, folder: Path, stats: Mapping[str, Any]) -> Non
 
 _USAGE = """
 It is a reward model: it rates an answer, and writes none. The reward is read at `{token}`, the end of the answer. On
-the pairs that it was measured with it has a mean of {mean:.3g} and a standard deviation of {std:.3g}: reward_stats.json.
+the pairs that it was measured with it has a mean of {mean:.3g} and a deviation of {std:.3g} (reward_stats.json).
 
 ```python
 from gemma_tune.models.reward import load_reward
