@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, islice, pairwise
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
+from gemma_tune.commands.picture import borders, legend, picture
+from gemma_tune.commands.show_pairs import json_pairs, show_pairs
 from gemma_tune.gemma.chat import render, render_prompt
 from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
+from gemma_tune.plan.choices_data import data_choices
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.recipe.reader import read_recipe
 from gemma_tune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
+    from gemma_tune.data.report import DataReport
     from gemma_tune.gemma.chat import Encoder
     from gemma_tune.gemma.families import Family
 
@@ -35,7 +37,7 @@ def run(recipe: str, overrides: list[str], rows: int, as_json: bool) -> int:
 
     As JSON: one object a line for each example in the order of the sources, before the holdout split and packing, with
     `ids`, `trained` (1 where a token carries loss), `text` (the ids decoded), `prompt_ids` (what the model is given to
-    answer the first trained turn) and `where`.
+    answer the first trained turn) and `where`. Pairs: see `show_pairs.json_pairs`.
     """
     read = read_recipe(recipe, overrides)
     family, _ = model_facts(read.model.name, read.model.revision)
@@ -46,10 +48,15 @@ def run(recipe: str, overrides: list[str], rows: int, as_json: bool) -> int:
     )
     encoder = GemmaEncoder(tokenizer, family)
     if as_json:
-        for row in islice(json_rows(read, family, encoder, tokenizer), rows):
+        rows_of = json_rows if read.stage == "sft" else json_pairs
+        for row in islice(rows_of(read, family, encoder, tokenizer), rows):
             print(json.dumps(row, ensure_ascii=False))
     else:
-        _show(read, family, encoder, tokenizer, rows)
+        shown = _show if read.stage == "sft" else show_pairs
+        report = shown(read, sampled(read), family, encoder, tokenizer, rows)
+        console.out(f"\nthe data (at most {SAMPLE:,} rows of each source were read):")
+        for line in report.lines():
+            console.out(f"  {console.escaped(line)}")
     return 0
 
 
@@ -120,18 +127,14 @@ def _first_trained(messages: Sequence[Message], last: bool) -> int:
 # ------------------------------------------------------------------------------------------------------- for people
 
 
-def _show(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any, rows: int) -> None:
+def _show(
+    recipe: Recipe, keywords: Mapping[str, Any], family: Family, encoder: Encoder, tokenizer: Any, rows: int
+) -> DataReport:
     from gemma_tune.data.build import build
 
-    data = recipe.data.model_dump()
-    sources = [source.model_dump() for source in recipe.data.sources]
-    sampled = [source | {"limit": min(source["limit"] or SAMPLE, SAMPLE)} for source in sources]
-    # A number is one of all rows, not of those that are read here.
-    holdout = min(data["holdout"], HELD_OUT) if data["holdout"] >= 1 else data["holdout"]
-    changed = {"sources": sampled, "holdout": holdout, "workers": 1}
-    prepared = build(family, encoder, **(data | changed), seed=recipe.seed)
+    prepared = build(family, encoder, **keywords)
     marks = not console.stdout().is_terminal or console.stdout().no_color
-    console.out(_legend(marks))
+    console.out(legend(marks))
     for number, row in enumerate(islice(prepared.train, rows), 1):
         console.out(_heading(number, row, family))
         console.stdout().print(picture(row, family, tokenizer, marks), soft_wrap=True)
@@ -141,72 +144,23 @@ def _show(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any, rows
         text = tokenizer.decode(ids, skip_special_tokens=False)
         console.out("\nthe prompt at inference, for the first held-out row:")
         console.out(console.escaped(text))
-    console.out(f"\nthe data (at most {SAMPLE:,} rows of each source were read):")
-    for line in prepared.report.lines():
-        console.out(f"  {console.escaped(line)}")
+    return prepared.report
 
 
-_STYLES = {"trained": "green", "trained control": "bold black on green", "control": "bold magenta", "plain": "dim"}
-
-
-def _legend(marks: bool) -> Text:
-    from rich.text import Text
-
-    if marks:
-        return Text("tokens between ⟦ and ⟧ carry loss")
-    return Text.assemble(
-        ("trained", _STYLES["trained"]),
-        " ",
-        ("trained control token", _STYLES["trained control"]),
-        " ",
-        ("control token", _STYLES["control"]),
-        " ",
-        ("not trained", _STYLES["plain"]),
-    )
+def sampled(recipe: Recipe) -> dict[str, Any]:
+    """The plan's keywords for the data, with few rows of each source."""
+    keywords = {key: choice.value for key, choice in data_choices(recipe).items()}
+    sources = [source | {"limit": min(source["limit"] or SAMPLE, SAMPLE)} for source in keywords["sources"]]
+    # A number is one of all rows, not of those that are read here.
+    holdout = min(keywords["holdout"], HELD_OUT) if keywords["holdout"] >= 1 else keywords["holdout"]
+    return keywords | {"sources": sources, "holdout": holdout, "workers": 1}
 
 
 def _heading(number: int, row: Mapping[str, Any], family: Family) -> str:
     ids = row["input_ids"]
     trained = sum(label != -100 for label in row["labels"])
-    documents = len(_borders(row))
+    documents = len(borders(row))
     return (
         f"\nrow {number}: {len(ids):,} tokens, {trained:,} trained, "
         f"{documents} document{'s' if documents > 1 else ''}, {ids.count(family.bos_id)} BOS"
     )
-
-
-def _borders(row: Mapping[str, Any]) -> list[int]:
-    """Where the documents of a row begin: their positions restart at 0."""
-    positions = row.get("position_ids")
-    return [0] if positions is None else [index for index, position in enumerate(positions) if position == 0]
-
-
-def picture(row: Mapping[str, Any], family: Family, tokenizer: Any, marks: bool = False) -> Text:
-    """The tokens of a training row as coloured text, documents divided by a line.
-
-    Args:
-        row: `input_ids`, `labels`, and `position_ids` where it is packed.
-        marks: put trained tokens between brackets, for outputs without colour.
-    """
-    from rich.text import Text
-
-    control = frozenset(family.tokens.values())
-    text = Text()
-    borders = [*_borders(row), len(row["input_ids"])]
-    for number, (start, end) in enumerate(pairwise(borders)):
-        if number:
-            text.append(f"\n──── document {number + 1} ────\n", "yellow")
-        ids, labels = row["input_ids"][start:end], row["labels"][start:end]
-        for trained, tokens in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != -100):
-            text.append("⟦" if marks and trained else "")
-            for is_control, run_of in groupby([token for token, _ in tokens], key=lambda token: token in control):
-                style = (
-                    ("trained control" if trained else "control") if is_control else ("trained" if trained else "plain")
-                )
-                text.append(_decoded(list(run_of), tokenizer), _STYLES[style])
-            text.append("⟧" if marks and trained else "")
-    return text
-
-
-def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
-    return console.escaped(tokenizer.decode(ids, skip_special_tokens=False))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gemma_tune import console
-from gemma_tune.commands import show
+from gemma_tune.commands import picture, show
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import FAMILIES
 from tests.unit.data.toys import chat, write_jsonl
@@ -152,7 +152,7 @@ def test_colour_marks_what_is_trained(tiny: Callable[..., Path]) -> None:
         "labels": [-100] * 2 + hello + [106] + [-100] * (2 + len(hello)),
         "position_ids": [*range(3 + len(hello)), *range(2 + len(hello))],
     }
-    text = show.picture(row, family, tokenizer)
+    text = picture.picture(row, family, tokenizer)
     assert text.plain == "<bos><start_of_turn>hello<end_of_turn>\n──── document 2 ────\n<bos><start_of_turn>hello"
     styles = [(text.plain[span.start : span.end], span.style) for span in text.spans]
     assert styles == [
@@ -173,3 +173,43 @@ def test_control_characters_do_not_reach_the_terminal(run: Callable[..., Shown])
 def test_nothing_to_show_says_why(run: Callable[..., Shown]) -> None:
     with pytest.raises(UserError, match="no model turn: 1"):
         run([chat("only a question")])
+
+
+# --- pairs
+
+PAIRS: list[Any] = [
+    {"prompt": "Who?", "chosen": "I did.", "rejected": "Nobody at all.", "score_chosen": 8.0, "score_rejected": 5.0},
+    {"prompt": "Why?", "chosen": "To see.", "rejected": "So.", "score_chosen": 7.0, "score_rejected": 6.5},
+    {"prompt": "When?", "chosen": "Now.", "rejected": "Now.", "score_chosen": 7.0, "score_rejected": 6.0},
+]
+
+
+@pytest.mark.parametrize("family", ["gemma1", "gemma3_text", "gemma4"])
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_json_of_pairs(run: Callable[..., Shown], stage: str, family: str) -> None:
+    rows = run(PAIRS, f"stage={stage}", family=family).rows
+    facts = FAMILIES[family]
+    assert [row["where"].rsplit(":", 1)[1] for row in rows] == ["1", "2"], "equal answers are dropped"
+    first = rows[0]
+    assert first["prompt"] == f"<bos>{facts.turn_start}user\nWho?{facts.turn_end}\n{facts.turn_start}model\n"
+    assert first["chosen"] == f"I did.{facts.turn_end}" and first["rejected"] == f"Nobody at all.{facts.turn_end}"
+    assert first["chosen_ids"][-1] == first["rejected_ids"][-1] == facts.turn_end_id
+    assert first["margin"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("stage", "chosen"),
+    [("dpo", "⟦I did.<end_of_turn>⟧"), ("reward", "I did.⟦<end_of_turn>⟧")],
+)
+def test_pairs_for_people(run: Callable[..., Shown], stage: str, chosen: str) -> None:
+    margin = ["reward.margin=score"] if stage == "reward" else []
+    out = run(PAIRS, f"stage={stage}", "data.shuffle=false", "data.holdout=0", *margin, as_json=False).out
+    assert chosen in out and "⟦<bos>" not in out
+    assert ("margin 3" in out) == (stage == "reward")
+    assert ("the reward is read at the last token" in out) == (stage == "reward")
+    assert "2 training pairs, 0 held out" in out and "pair 2: " in out
+
+
+def test_a_set_of_pairs_of_which_nothing_is_left(run: Callable[..., Shown]) -> None:
+    with pytest.raises(UserError, match="no row is left to train on"):
+        run(PAIRS[2:], "stage=dpo")
