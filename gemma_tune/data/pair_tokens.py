@@ -105,6 +105,11 @@ class Pairs:
             self._ends.append(len(self._ids))
         self._margins.append(margin)
 
+    def length(self, index: int) -> int:
+        """Tokens of the prompt with the longer answer."""
+        start, prompt, chosen, rejected = self._ends[index * len(PARTS) : (index + 1) * len(PARTS) + 1]
+        return prompt - start + max(chosen - prompt, rejected - chosen)
+
     def row(self, index: int) -> TrainRow:
         """`prompt_ids`, `chosen_ids`, `rejected_ids` (int32 arrays) and `margin`."""
         places = range(index * len(PARTS), (index + 1) * len(PARTS))

@@ -12,6 +12,7 @@ import numpy as np
 from gemma_tune.data.arrow import fingerprint, int_lists, lengths, make_dataset
 from gemma_tune.data.build import Prepared, nothing_left, source_identity, split
 from gemma_tune.data.mix import read_preferences
+from gemma_tune.data.pack import alike
 from gemma_tune.data.pair_tokens import PARTS, Pairs, tokenise_pairs
 from gemma_tune.data.policies import Drop, Policies
 from gemma_tune.data.report import DataReport, PairFigures, Tally
@@ -41,6 +42,7 @@ def build_pairs(
     on_bad_row: str = "error",
     workers: int = 1,
     seed: int = 0,
+    batch: int = 1,
     margins: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Prepared[Preference]:
@@ -51,6 +53,8 @@ def build_pairs(
     Args:
         max_length: tokens of a prompt with one of its answers. An answer is never cut; the oldest exchanges of a prompt
             are left out where it is too long (`on_overlong`: `split` and `truncate` are the same here).
+        batch: pairs in an optimizer step. Pairs of like length share one where rows are shuffled, since pairs cannot be
+            packed and padding costs as much as tokens.
         margins: every row needs ratings, and gets a column `margin`.
         progress: called with the number of pairs so far, now and then.
 
@@ -72,6 +76,7 @@ def build_pairs(
         "policies": asdict(policies),
         "seed": seed,
         "margins": margins,
+        "batch": batch if shuffle else 1,
     }
     tally, pairs = Tally(), Pairs()
     spool: Spool[Preference] = Spool()
@@ -92,7 +97,10 @@ def build_pairs(
         raise nothing_left(tally)
     order, held = split(groups, holdout, shuffle, seed, tally)
     held_order = [index for index in order if index in held]
-    train, train_digest = _dataset((pairs.row(index) for index in order if index not in held), margins)
+    kept_order = [index for index in order if index not in held]
+    if shuffle and batch > 1:
+        kept_order = alike(kept_order, [pairs.length(index) for index in range(len(pairs))], batch, seed)
+    train, train_digest = _dataset((pairs.row(index) for index in kept_order), margins)
     held_out, held_digest = _dataset((pairs.row(index) for index in held_order), margins)
     examples = [spool[index] for index in held_order]
     digest = fingerprint(settings, spool.sha256(), train_digest, held_digest)

@@ -18,6 +18,7 @@ def data_choices(recipe: Recipe) -> dict[str, Choice]:
     chosen["seed"] = Choice(recipe.seed, "the recipe's seed")
     if pairs:
         chosen["margins"] = _margins(recipe)
+        chosen["batch"] = Choice(recipe.batch.size, "batch.size: pairs of like length share a step, for less padding")
     return chosen
 
 

@@ -153,6 +153,8 @@ def _data(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
     sampling = (
         ("random", "data.shuffle: a new order each epoch") if data.shuffle else ("sequential", "data.shuffle: false")
     )
+    if data.shuffle and has_pairs(recipe):
+        sampling = ("sequential", "the data come shuffled, pairs of like length next to each other")
     return {
         "max_length": Choice(None, _OWN_DATA),
         "remove_unused_columns": Choice(False, _OWN_DATA),

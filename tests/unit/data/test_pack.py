@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_tune.data.pack import pack
+from gemma_tune.data.pack import MEGABATCH, alike, pack
 
 
 @given(lengths=st.lists(st.integers(1, 64), max_size=80))
@@ -56,3 +56,27 @@ def test_20000_documents_in_seconds() -> None:
     rows = pack(lengths, 2048)
     assert time.process_time() - start < 5
     assert sum(lengths) / (len(rows) * 2048) > 0.98
+
+
+def test_alike_keeps_every_row_and_needs_less_padding() -> None:
+    draw = random.Random(0)
+    lengths = [draw.randint(10, 250) for _ in range(1003)]
+    order = draw.sample(range(1003), 1003)
+    found = alike(order, lengths, 8, seed=0)
+    assert sorted(found) == list(range(1003)) and found[-3:] == order[-3:]
+
+    def padded(rows: list[int]) -> int:
+        return sum(len(rows[i : i + 8]) * max(lengths[row] for row in rows[i : i + 8]) for i in range(0, 1003, 8))
+
+    assert padded(order) > 1.6 * sum(lengths) and padded(found) < 1.05 * sum(lengths)
+    assert alike(order, lengths, 8, seed=0) == found != alike(order, lengths, 8, seed=1)
+    means = [sum(lengths[row] for row in found[i : i + 8]) / 8 for i in range(0, 1000, 8)]
+    assert means != sorted(means), "short and long batches alternate"
+
+
+def test_alike_leaves_rows_near_their_place() -> None:
+    size = 4 * MEGABATCH
+    found = alike(range(3 * size), [1] * (3 * size), 4, seed=0)
+    for share in range(3):
+        assert set(found[share * size : (share + 1) * size]) == set(range(share * size, (share + 1) * size))
+    assert alike([1, 0], [5, 5], 4, seed=0) == [1, 0]

@@ -336,12 +336,26 @@ def test_the_fingerprint_is_the_same_in_another_process(tmp_path: Path) -> None:
 
 def test_keywords_are_those_of_the_recipe_that_mean_something_for_pairs() -> None:
     parameters = inspect.signature(build_pairs).parameters
-    ours = set(parameters) - {"family", "encoder", "seed", "progress", "margins"}
+    ours = set(parameters) - {"family", "encoder", "seed", "progress", "margins", "batch"}
     assert set(Data.model_fields) - ours == {"packing", "train_on", "streaming", "shuffle_buffer"}
     assert ours <= set(Data.model_fields)
     assert {name: parameters[name].default for name in ours - {"sources"}} == {
         name: Data.model_fields[name].default for name in ours - {"sources"}
     }
+
+
+def test_pairs_of_like_length_share_a_step(tmp_path: Path) -> None:
+    rows = [row(f"prompt {n}", "good " * (1 + n * 7 % 30), "bad") for n in range(64)]
+    mixed, alike = (prepare_pairs(rows, tmp_path, batch=batch, holdout=0) for batch in (1, 8))
+
+    def spread(prepared: Any) -> int:
+        sizes = [len(one["chosen_ids"]) for one in prepared.train]
+        return sum(max(sizes[i : i + 8]) - min(sizes[i : i + 8]) for i in range(0, 64, 8))
+
+    assert spread(alike) < spread(mixed) / 3
+    assert sorted(map(str, alike.train)) == sorted(map(str, mixed.train)) and alike.fingerprint != mixed.fingerprint
+    in_order = [prepare_pairs(rows, tmp_path, batch=batch, shuffle=False).fingerprint for batch in (1, 8)]
+    assert in_order[0] == in_order[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- collator
