@@ -69,7 +69,7 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
     Raises:
         UserError: no adapter there, damaged, a reward model, on another base, or of a kind that is not supported.
     """
-    folder = adapter_folder(target)
+    folder = adapter_folder(target, "model.adapter")
     config = read_json(folder / ADAPTER_FILE)
     where = str(folder)
     if (folder / REWARD_HEAD).is_file():
@@ -99,12 +99,12 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
     return start
 
 
-def adapter_folder(target: str | Path, where: str = "model.adapter") -> Path:
+def adapter_folder(target: str | Path, key: str = "") -> Path:
     """The folder of the adapter in a run, or the adapter's own.
 
     Args:
         target: run folder or adapter folder.
-        where: what named it, for the message.
+        key: the recipe's key that names it; errors are then about this key.
 
     Raises:
         UserError: there is none; says what is there instead.
@@ -114,16 +114,17 @@ def adapter_folder(target: str | Path, where: str = "model.adapter") -> Path:
     if found is not None:
         return found
     if not folder.exists():
+        what = f"there is no folder '{target}'"
         fix = "check the path; an adapter is a folder on this machine, such as the `output` of a finished run"
-        raise UserError(f"there is no folder '{target}'", where=where, fix=fix)
-    if (folder / "model" / "config.json").is_file():
-        fix = f"set model.name: {folder / 'model'}, and remove model.adapter"
-        raise UserError(f"'{target}' is a run that trained all weights", where=where, fix=fix)
-    if (folder / "plan.json").is_file():
-        fix = "let it finish, or resume it"
-        raise UserError(f"the run in '{target}' holds no adapter yet", where=where, fix=fix)
-    fix = f"give the folder of a finished run, or one that holds {ADAPTER_FILE}"
-    raise UserError(f"there is no adapter in '{target}'", where=where, fix=fix)
+    elif (folder / "model" / "config.json").is_file():
+        what = f"'{target}' is a run that trained all weights"
+        fix = f"set model.name: {folder / 'model'}, without an adapter"
+    elif (folder / "plan.json").is_file():
+        what, fix = f"the run in '{target}' holds no adapter yet", "let it finish, or resume it"
+    else:
+        what = f"there is no adapter in '{target}'"
+        fix = f"give the folder of a finished run, or one that holds {ADAPTER_FILE}"
+    raise UserError(what, where=key or str(folder), fix=fix)
 
 
 def _check_base(config: Mapping[str, Any], base: str, where: str) -> None:
@@ -177,8 +178,13 @@ def _read(config: Mapping[str, Any], family: Family, where: str) -> Start:
 
 
 def _preset(modules: str | list[str], family: Family) -> str:
-    """The preset whose pattern this is; for names the smallest that covers them, for a foreign pattern the largest."""
+    """The preset whose pattern this is; for names the smallest that covers them, for a foreign pattern the largest.
+
+    PEFT joins the patterns of two adapters that were added up as `(one)|(other)`.
+    """
     if isinstance(modules, str):
-        return next((name for name, pattern in family.lora_targets.items() if pattern == modules), "all-linear")
+        known = family.lora_targets.items()
+        same = (name for name, pattern in known if modules in (pattern, f"({pattern})|({pattern})"))
+        return next(same, "all-linear")
     ends = {name.rpartition(".")[2] for name in modules}
     return "mlp" if ends <= _MLP else "all-linear" if ends & _MLP else "attention"

@@ -10,7 +10,7 @@ import pytest
 
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import FAMILIES
-from gemma_tune.plan.starts import REWARD_HEAD, WEIGHTS, read_start, start_of
+from gemma_tune.plan.starts import REWARD_HEAD, WEIGHTS, adapter_folder, read_start, start_of
 from tests.unit.plan.recipes import make_recipe
 
 FAMILY = FAMILIES["gemma3_text"]
@@ -64,6 +64,8 @@ def test_a_recipe_with_one(tmp_path: Path) -> None:
         ("all-linear", "all-linear"),
         (r".*\.q_proj", "all-linear"),
         (FAMILY.lora_targets["attention"], "attention"),
+        ("({0})|({0})".format(FAMILY.lora_targets["mlp"]), "mlp"),
+        ("({})|({})".format(FAMILY.lora_targets["mlp"], FAMILY.lora_targets["attention"]), "all-linear"),
     ],
 )
 def test_the_preset_of_foreign_adapters(tmp_path: Path, modules: Any, preset: str) -> None:
@@ -149,6 +151,9 @@ def test_a_folder_without_an_adapter(tmp_path: Path, files: list[str], said: str
         read_start(str(tmp_path), BASE, FAMILY)
     problem = caught.value.problems[0]
     assert problem.where == "model.adapter" and fix in problem.fix
+    with pytest.raises(UserError, match=said) as caught:
+        adapter_folder(tmp_path)
+    assert caught.value.problems[0].where == str(tmp_path), "no recipe has named it"
 
 
 def test_no_folder() -> None:
