@@ -21,8 +21,8 @@ from gemma_tune.models.lora import attach
 from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.train.session import RunFolder
 from gemma_tune.train.sft_trainer import SftTrainer
-from gemma_tune.train.trainer import RunTrainer, Surroundings
 from gemma_tune.train.signals import Signals
+from gemma_tune.train.trainer import RunTrainer, Surroundings
 
 GENERATIONS = (
     "gemma1",
