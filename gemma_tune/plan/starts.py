@@ -69,7 +69,7 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
     Raises:
         UserError: no adapter there, damaged, a reward model, on another base, or of a kind that is not supported.
     """
-    folder = adapter_folder(target, "model.adapter")
+    folder = adapter_folder(target)
     config = read_json(folder / ADAPTER_FILE)
     where = str(folder)
     if (folder / REWARD_HEAD).is_file():
@@ -99,12 +99,12 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
     return start
 
 
-def adapter_folder(target: str | Path, key: str = "") -> Path:
+def adapter_folder(target: str | Path, where: str = "model.adapter") -> Path:
     """The folder of the adapter in a run, or the adapter's own.
 
     Args:
         target: run folder or adapter folder.
-        key: the recipe's key that names it; errors are then about this key.
+        where: who named it, for errors: a key of the recipe, or what was given on the way.
 
     Raises:
         UserError: there is none; says what is there instead.
@@ -124,7 +124,7 @@ def adapter_folder(target: str | Path, key: str = "") -> Path:
     else:
         what = f"there is no adapter in '{target}'"
         fix = f"give the folder of a finished run, or one that holds {ADAPTER_FILE}"
-    raise UserError(what, where=key or str(folder), fix=fix)
+    raise UserError(what, where=where, fix=fix)
 
 
 def _check_base(config: Mapping[str, Any], base: str, where: str) -> None:

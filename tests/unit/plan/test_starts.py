@@ -152,8 +152,8 @@ def test_a_folder_without_an_adapter(tmp_path: Path, files: list[str], said: str
     problem = caught.value.problems[0]
     assert problem.where == "model.adapter" and fix in problem.fix
     with pytest.raises(UserError, match=said) as caught:
-        adapter_folder(tmp_path)
-    assert caught.value.problems[0].where == str(tmp_path), "no recipe has named it"
+        adapter_folder(tmp_path, where="the command line")
+    assert caught.value.problems[0].where == "the command line"
 
 
 def test_no_folder() -> None:
