@@ -104,7 +104,7 @@ def adapter_folder(target: str | Path, where: str = "model.adapter") -> Path:
 
     Args:
         target: run folder or adapter folder.
-        where: who named it, for errors: a key of the recipe, or what was given on the way.
+        where: what errors point at: the key of the recipe that names it, or the folder.
 
     Raises:
         UserError: there is none; says what is there instead.
