@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,3 +175,56 @@ def test_the_converted_tokenizer_equals_the_official_one(real_270m: Path) -> Non
     theirs = {token["id"]: token for token in json.loads(official_file.read_text())["added_tokens"]}
     mine = {token["id"]: token for token in json.loads((real_270m / "tokenizer.json").read_text())["added_tokens"]}
     assert {number: token for number, token in theirs.items() if number < 262_144} == mine
+
+
+# --- memory
+
+
+def peak_of(stage: str, folder: Path, rows: list[dict[str, Any]], **recipe: Any) -> tuple[int, int]:
+    """(peak resident bytes, tokens seen) of three steps of `stage`, in a process of its own."""
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    whole = {
+        "stage": stage,
+        "model": {"name": QUICKSTART, "quantization": "nf4"},
+        "data": {"sources": [{"name": str(folder / "rows.jsonl")}], "max_length": 256, "holdout": 0, "shuffle": False},
+        "optim": {"learning_rate": 1e-4, "max_steps": 3},
+        "memory": {"gradient_checkpointing": False},
+        "output": str(folder / "run"),
+        **recipe,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(whole), encoding="utf-8")
+    command = [sys.executable, "-m", "gemma_tune", stage, str(folder / "recipe.yaml")]
+    subprocess.run(command, check=True, capture_output=True)
+    results = json.loads((folder / "run" / "run.json").read_text())["results"]
+    return results["peak_memory"]["rss"], results["tokens_seen"]
+
+
+def test_dpo_needs_hardly_more_memory_than_sft(real_270m: Path, tmp_path: Path) -> None:
+    """The same tokens in a micro batch: eight rows, or four pairs. The reference keeps nothing and is no second model.
+
+    The bound is the one that DPO is held to: 1.2 times the peak of SFT.
+    """
+    answers = [
+        [f"{name} {number}: " + "the sea is wide and the ship is small " * 22 for number in range(24)] for name in "ab"
+    ]
+    sft, sft_tokens = peak_of(
+        "sft",
+        tmp_path / "sft",
+        [{"prompt": "Tell me of the sea.", "completion": text} for text in answers[0]],
+        adapter={"r": 16, "dropout": 0.0},
+        batch={"size": 8, "micro": 8},
+    )
+    dpo, dpo_tokens = peak_of(
+        "dpo",
+        tmp_path / "dpo",
+        [
+            {"prompt": "Tell me of the sea.", "chosen": one, "rejected": other}
+            for one, other in zip(*answers, strict=True)
+        ],
+        adapter={"r": 16},
+        batch={"size": 4, "micro": 4},
+    )
+    print(f"peak: SFT {sft / 2**30:.2f} GiB, DPO {dpo / 2**30:.2f} GiB, ratio {dpo / sft:.3f}")
+    assert abs(dpo_tokens - sft_tokens) < 0.1 * sft_tokens, "the same work"
+    assert dpo <= 1.2 * sft
