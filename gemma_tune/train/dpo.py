@@ -70,4 +70,4 @@ def finish(run: Run, results: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-STAGE = Stage(config=DPOConfig, prepare=build_pairs, trainer=make_trainer, write=write, finish=finish)
+STAGE = Stage(config=DPOConfig, prepare=build_pairs, trainer=make_trainer, write=write, finish=finish, reference=True)

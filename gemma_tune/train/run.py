@@ -52,6 +52,7 @@ class Stage:
         finish: (run, results) -> further results, once training and final evaluation are done.
         wrap: what becomes of the base and its adapter before the training.
         answers: whether the model answers prompts before and after.
+        reference: whether the adapter that the training begins with is kept, frozen, as what it is compared with.
     """
 
     config: Callable[..., TrainingArguments]
@@ -61,6 +62,7 @@ class Stage:
     finish: Callable[[Run, dict[str, Any]], dict[str, Any]] = lambda run, results: {}
     wrap: Callable[[Any], Any] = lambda model: model
     answers: bool = True
+    reference: bool = False
 
 
 def stage_of(plan: Plan) -> Stage:
@@ -179,8 +181,8 @@ def load_model(plan: Plan, materials: Materials) -> Any:
     check_vocabulary(model, materials.tokenizer, materials.family)
     lora, start = plan.values("lora"), start_of(plan)
     if start:
-        frozen = plan.stage == "dpo"  # the reference
-        model = begin_with(model, start["start"], lora, materials.family, mode=start["mode"], keep_frozen=frozen)
+        keep = stage_of(plan).reference
+        model = begin_with(model, start["start"], lora, materials.family, mode=start["mode"], keep_frozen=keep)
     elif lora:
         model = attach(model, lora, materials.family)
     return stage_of(plan).wrap(model)
