@@ -50,7 +50,7 @@ def json_pairs(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any)
         yield {
             **{f"{part}_ids": ids[part] for part in PARTS},
             **{part: tokenizer.decode(ids[part], skip_special_tokens=False) for part in PARTS},
-            "margin": fitted.preference.margin,
+            "margin": fitted.example.margin,
             "where": one.where,
         }
     if not shown:

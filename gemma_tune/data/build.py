@@ -19,10 +19,10 @@ from gemma_tune.data.stream import Stream
 from gemma_tune.data.tokens import IGNORED, Documents, TrainRow, tokenise
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.chat import Encoder, TrainOn
-from gemma_tune.gemma.conversation import Example, Preference
+from gemma_tune.gemma.conversation import Answered, Example
 from gemma_tune.gemma.families import Family
 
-E = TypeVar("E", bound=Example | Preference)
+E = TypeVar("E", bound=Example | Answered)
 
 FORMAT = 1
 """Raised when the same recipe and data would give other rows than before: it is part of the fingerprint."""

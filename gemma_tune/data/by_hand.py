@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_tune.data.cells import RowError, as_number, as_text, kind_of, written_json
-from gemma_tune.gemma.conversation import Conversation, Document, Message, Preference, ToolCall
+from gemma_tune.gemma.conversation import Answered, Conversation, Document, Judged, Message, ToolCall
 
 
-def check_by_hand(example: Conversation | Document | Preference) -> None:
+def check_by_hand(example: Conversation | Document | Answered) -> None:
     """
     Raises:
         RowError: a field does not hold what its type says.
@@ -19,8 +19,8 @@ def check_by_hand(example: Conversation | Document | Preference) -> None:
             raise RowError("a Document's text is not text", kind="bad Document")
         as_text(example.text, "text")
         return
-    if isinstance(example, Preference):
-        _check_preference(example)
+    if isinstance(example, Answered):
+        _check_answered(example)
         return
     if not isinstance(example.messages, (tuple, list)) or not example.messages:
         raise RowError("a Conversation's messages are not a tuple with turns", kind="bad Conversation")
@@ -29,17 +29,21 @@ def check_by_hand(example: Conversation | Document | Preference) -> None:
     _check_tools(example.tools)
 
 
-def _check_preference(example: Preference) -> None:
+def _check_answered(example: Answered) -> None:
+    name = type(example).__name__
     if not isinstance(example.prompt, (tuple, list)) or not example.prompt:
-        raise RowError("a Preference's prompt is not a tuple with turns", kind="bad Preference")
+        raise RowError(f"a {name}'s prompt is not a tuple with turns", kind=f"bad {name}")
     for index, message in enumerate(example.prompt):
         _check_message(message, f"prompt[{index}]")
-    for where, message in (("chosen", example.chosen), ("rejected", example.rejected)):
+    for where, message in example.answers.items():
         _check_message(message, where)
         if message.role != "model":
-            raise RowError(f"is a '{message.role}' turn, not an answer of the model", where, kind="bad Preference")
+            raise RowError(f"is a '{message.role}' turn, not an answer of the model", where, kind=f"bad {name}")
     _check_tools(example.tools)
-    if example.margin is not None:
+    if isinstance(example, Judged):
+        if not isinstance(example.good, bool):
+            raise RowError(f"is {kind_of(example.good)}, not true or false", "good", kind="bad Judged")
+    elif example.margin is not None:
         as_number(example.margin, "margin")
     as_text(example.group, "group")
 

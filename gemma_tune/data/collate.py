@@ -90,12 +90,7 @@ class PairCollator:
             KeyError: a row lacks what the first one has.
         """
         sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
-        width = max(len(prompt) + len(answer) for prompt, answer in sides)
-        batch = {
-            "input_ids": _padded([[*prompt, *answer] for prompt, answer in sides], width, self.pad_id),
-            "attention_mask": _padded([[1] * (len(prompt) + len(answer)) for prompt, answer in sides], width, 0),
-            "completion_mask": _padded([[0] * len(prompt) + [1] * len(answer) for prompt, answer in sides], width, 0),
-        }
+        batch = _prompted(sides, self.pad_id)
         for name in ("margin", "ref_chosen_logps", "ref_rejected_logps"):
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
@@ -104,6 +99,74 @@ class PairCollator:
     def tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Tokens of `batch` without its padding, both sequences of a pair counted: an int64 scalar on its device."""
         return batch["attention_mask"].sum()
+
+
+class JudgedCollator:
+    """Pads prompts with their judged answers to the longest of the batch, on the right, and makes the KL rows of KTO.
+
+    A KL row is a prompt with an answer to another prompt of the batch: what the policy and the reference think of such
+    answers is the point from which KTO counts (arXiv 2402.01306, section 4.1). As in TRL each prompt is given the
+    answer of the row before it; where that row has the same prompt, of the next one before that has another. A batch
+    of one prompt has no KL rows, and its KL point is 0.
+
+    The layout is that of TRL's `DataCollatorForUnpairedPreference`.
+
+    Args:
+        pad_id: id of the padding token.
+        max_length: a KL row that is longer loses the end of its answer. The answer is no row of the data, so nothing
+            is lost, and both models see the same beginning of it.
+    """
+
+    def __init__(self, pad_id: int, max_length: int) -> None:
+        self.pad_id = pad_id
+        self.max_length = max_length
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """B rows of `prompt_ids`, `completion_ids` (lists), `label` -> tensors.
+
+        Returns:
+            `input_ids`, `attention_mask`, `completion_mask` (1 on the tokens of the answer), int64, (B, T); the same
+            of the KL rows as `KL_...`, (B, longest KL row), unless there are none; `label`, bool, (B,).
+        """
+        batch = self._sequences([(row["prompt_ids"], row["completion_ids"]) for row in rows])
+        batch["label"] = torch.tensor([bool(row["label"]) for row in rows])
+        others = answers_to_others(rows)
+        if others is not None:
+            mixed = [
+                (row["prompt_ids"], other[: self.max_length - len(row["prompt_ids"])])
+                for row, other in zip(rows, others, strict=True)
+            ]
+            batch |= {f"KL_{name}": tensor for name, tensor in self._sequences(mixed).items()}
+        return batch
+
+    def _sequences(self, sides: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch.Tensor]:
+        return _prompted(sides, self.pad_id)
+
+
+def answers_to_others(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[int]] | None:
+    """For each row the answer of the nearest row before it, around the beginning, whose prompt is another.
+
+    None where all rows have one prompt. A row that brings `KL_completion_ids` has its answer already.
+    """
+    if "KL_completion_ids" in rows[0]:
+        return [row["KL_completion_ids"] for row in rows]
+    prompts = [tuple(row["prompt_ids"]) for row in rows]
+    if len(set(prompts)) == 1:
+        return None
+    return [
+        next(rows[place - back]["completion_ids"] for back in range(1, len(rows)) if prompts[place - back] != prompt)
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def _prompted(sides: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Prompts with answers -> `input_ids`, `attention_mask` and `completion_mask`, padded on the right."""
+    width = max(len(prompt) + len(answer) for prompt, answer in sides)
+    return {
+        "input_ids": _padded([[*prompt, *answer] for prompt, answer in sides], width, pad_id),
+        "attention_mask": _padded([[1] * (len(prompt) + len(answer)) for prompt, answer in sides], width, 0),
+        "completion_mask": _padded([[0] * len(prompt) + [1] * len(answer) for prompt, answer in sides], width, 0),
+    }
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "data": ("dialogue", "turns"),
     "chosen": ("preferred", "accepted", "better", "winner", "chosen_response", "response_chosen", "answer_chosen"),
     "rejected": ("dispreferred", "worse", "loser", "rejected_response", "response_rejected", "answer_rejected"),
+    "label": ("desirable", "is_desirable", "thumbs_up", "good", "is_good", "liked", "feedback", "kto_tag"),
     "score_chosen": ("chosen_score", "rating_chosen", "chosen_rating"),
     "score_rejected": ("rejected_score", "rating_rejected", "rejected_rating"),
 }

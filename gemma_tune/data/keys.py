@@ -7,41 +7,44 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from gemma_tune.data.spool import to_json
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, Preference
+from gemma_tune.gemma.conversation import Answered, Conversation, Document, Example, Judged, Message
 
 
-def group_of(example: Example | Preference) -> bytes:
+def group_of(example: Example | Answered) -> bytes:
     """Rows that share it stay together when the data is split: the first thing the user says, or the whole text.
 
     A preference may name a group of its own.
     """
     if isinstance(example, Document):
         return _digest(_normal(example.text))
-    if isinstance(example, Preference) and example.group:
+    if isinstance(example, Answered) and example.group:
         return _digest(f"group\0{example.group}")  # NUL: no first user turn is taken for the name of a group
-    turns = example.prompt if isinstance(example, Preference) else example.messages
+    turns = example.prompt if isinstance(example, Answered) else example.messages
     first = next((message.content for message in turns if message.role == "user"), "")
     return _digest(_normal(first).casefold())
 
 
-def key_of(example: Example | Preference) -> bytes:
+def key_of(example: Example | Answered) -> bytes:
     """Two examples that differ in blanks alone are repetitions of each other, whatever their ratings and groups."""
     if isinstance(example, Document):
         return _digest(to_json(Document(_normal(example.text))))
     if isinstance(example, Conversation):
         return _digest(to_json(replace(example, messages=_plain(example.messages))))
+    if isinstance(example, Judged):
+        (answer,) = _plain([example.answer])
+        return _digest(to_json(replace(example, prompt=_plain(example.prompt), answer=answer, group="")))
     chosen, rejected = _plain([example.chosen, example.rejected])
     plain = replace(example, prompt=_plain(example.prompt), chosen=chosen, rejected=rejected, margin=None, group="")
     return _digest(to_json(plain))
 
 
-def texts_of(example: Example | Preference) -> list[str]:
+def texts_of(example: Example | Answered) -> list[str]:
     """What is said in it."""
     if isinstance(example, Document):
         return [example.text]
     if isinstance(example, Conversation):
         return [message.content for message in example.messages]
-    return [message.content for message in (*example.prompt, example.chosen, example.rejected)]
+    return [message.content for message in (*example.prompt, *example.answers.values())]
 
 
 def _plain(messages: Iterable[Message]) -> tuple[Message, ...]:

@@ -1,6 +1,6 @@
 """Rows of all sources as one stream: normalised, repaired, without repetitions, mixed by weight.
 
-The same for examples and for preferences; a `_Kind` says what differs.
+The same for examples, preferences and judged answers; a `_Kind` says what differs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -17,15 +17,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from gemma_tune.data.by_hand import check_by_hand
 from gemma_tune.data.cells import RowError, SourceRow
 from gemma_tune.data.keys import group_of, key_of, texts_of
-from gemma_tune.data.pair_policies import apply_pair_policies
+from gemma_tune.data.pair_policies import apply_judged_policies, apply_pair_policies
 from gemma_tune.data.policies import Drop, Policies, Repaired, apply_policies
 from gemma_tune.data.report import Tally
 from gemma_tune.data.sources import Opened, Wanted, open_source
 from gemma_tune.errors import Problem, UserError
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Preference
+from gemma_tune.gemma.conversation import Answered, Conversation, Document, Example, Judged, Preference
 from gemma_tune.gemma.families import Family
 
-E = TypeVar("E", bound=Example | Preference)
+E = TypeVar("E", bound=Example | Answered)
 
 LOOK_AHEAD = 1000
 """Rows that are looked at after a bad one, to say how many more there are."""
@@ -90,6 +90,46 @@ def read_preferences(
     return _mixed(_Kind("preferences", repair), sources, family, policies, tally, deduplicate, False, seed)
 
 
+def read_judged(
+    sources: Sequence[Mapping[str, Any]],
+    family: Family,
+    policies: Policies,
+    tally: Tally,
+    *,
+    deduplicate: bool = True,
+    seed: int = 0,
+) -> Iterator[Kept[Judged]]:
+    """Every usable judged answer, once, as `read_examples` reads examples. A pair gives two, the chosen one first.
+
+    An answer that is found both good and bad is kept twice, and noted: to one person it is good.
+
+    Raises:
+        UserError: as `read_examples`.
+    """
+    repair = partial(apply_judged_policies, family=family, policies=policies)
+    seen: set[bytes] = set()
+    # Repetitions are looked for among the answers: pairs of one prompt often share one of theirs.
+    for one in _mixed(_Kind("judged", repair), sources, family, policies, tally, False, False, seed):
+        for judged in one_by_one(one.example):
+            key = key_of(judged)
+            if deduplicate and key in seen:
+                tally.drop("repetition", one.where)
+                continue
+            if key_of(replace(judged, good=not judged.good)) in seen:
+                tally.note("answer that is judged both good and bad", one.where)
+            seen.add(key)
+            yield Kept(judged, one.where, one.group)
+
+
+def one_by_one(row: Answered) -> Iterator[Judged]:
+    """A judged answer as it is, a pair as two of them."""
+    if isinstance(row, Judged):
+        yield row
+        return
+    for answer, good in ((row.chosen, True), (row.rejected, False)):
+        yield Judged(row.prompt, answer, good, row.tools, row.thinking, row.group)
+
+
 def _mixed(
     kind: _Kind[E],
     sources: Sequence[Mapping[str, Any]],
@@ -145,19 +185,20 @@ def _usable(
         yield Kept(repaired.example, row.where, group_of(repaired.example))
 
 
-_BY_HAND = {"examples": (Conversation, Document), "preferences": (Preference,)}
+_BY_HAND = {"examples": (Conversation, Document), "preferences": (Preference,), "judged": (Judged, Preference)}
 
 
-def _example(value: Any, source: Opened, wanted: Wanted) -> Example | Preference:
+def _example(value: Any, source: Opened, wanted: Wanted) -> Example | Answered:
     if isinstance(value, RowError):
         raise value
-    if not isinstance(value, (Conversation, Document, Preference)):
+    if not isinstance(value, (Conversation, Document, Preference, Judged)):
         return source.to_example(value)
     if not isinstance(value, _BY_HAND[wanted]):
-        pairs = isinstance(value, Preference)
+        trained = {"examples": "conversations", "preferences": "preferences", "judged": "judged answers"}[wanted]
+        stage = "kto" if isinstance(value, Judged) else "reward or dpo" if isinstance(value, Preference) else "sft"
         raise RowError(
-            f"is a {type(value).__name__}; this stage trains on {'conversations' if pairs else 'preferences'}",
-            fix=f"set stage: {'reward or dpo' if pairs else 'sft'}, or yield what the stage needs",
+            f"is a {type(value).__name__}; this stage trains on {trained}",
+            fix=f"set stage: {stage}, or yield what the stage needs",
             kind="example of another stage",
         )
     check_by_hand(value)
@@ -186,7 +227,7 @@ def _bad_rows(
     return UserError(problems[0].what, problems=problems)
 
 
-def _note_oddities(example: Example | Preference, family: Family, tally: Tally, where: str) -> None:
+def _note_oddities(example: Example | Answered, family: Family, tally: Tally, where: str) -> None:
     texts = texts_of(example)
     spelled = _spellings(family)
     if any(spelled.search(text) for text in texts):

@@ -1,10 +1,12 @@
-"""From preferences to rows of token ids: render, fit, store."""
+"""From preferences and judged answers to rows of token ids: render, fit, store."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -12,21 +14,30 @@ from gemma_tune.data.mix import Kept
 from gemma_tune.data.policies import Drop, Policies
 from gemma_tune.data.tokens import TrainRow, in_chunks
 from gemma_tune.errors import UserError
-from gemma_tune.gemma.chat import Encoder, RenderedPair, render_preferences
-from gemma_tune.gemma.conversation import Preference
+from gemma_tune.gemma.chat import Encoder, RenderedAnswer, RenderedPair, render_judged, render_preferences
+from gemma_tune.gemma.conversation import Answered, Judged, Preference
 from gemma_tune.gemma.families import Family
 
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
-"""Columns of a prepared row, each a list of int32 ids."""
+"""Columns of a prepared pair, each a list of int32 ids."""
+JUDGED_PARTS = ("prompt_ids", "completion_ids")
+"""Those of a judged answer."""
+
+A = TypeVar("A", bound=Answered)
+R = TypeVar("R", bound=RenderedPair | RenderedAnswer)
 
 
 @dataclass(frozen=True, slots=True)
-class FittedPair:
-    """A preference whose two sequences have at most `max_length` tokens, and what was done to it for that."""
+class Fitted(Generic[A, R]):
+    """What has at most `max_length` tokens in each of its sequences, and what was done to it for that."""
 
-    preference: Preference
-    rendered: RenderedPair
+    example: A
+    rendered: R
     repairs: tuple[str, ...] = ()
+
+
+FittedPair = Fitted[Preference, RenderedPair]
+FittedAnswer = Fitted[Judged, RenderedAnswer]
 
 
 def tokenise_pairs(
@@ -45,15 +56,36 @@ def tokenise_pairs(
     Raises:
         UserError: a pair is too long and `policies.on_overlong` is `error`.
     """
+    render = partial(render_preferences, family=family, encoder=encoder)
+    return _tokenise(kept, render, policies, max_length, workers)
 
-    def render(pairs: Sequence[Preference]) -> list[RenderedPair]:
-        return render_preferences(pairs, family, encoder)
 
+def tokenise_judged(
+    kept: Iterable[Kept[Judged]],
+    family: Family,
+    encoder: Encoder,
+    policies: Policies,
+    *,
+    max_length: int,
+    workers: int = 1,
+) -> Iterator[tuple[Kept[Judged], FittedAnswer | Drop]]:
+    """Every judged answer with its ids, as `tokenise_pairs` does it for pairs."""
+    render = partial(render_judged, family=family, encoder=encoder)
+    return _tokenise(kept, render, policies, max_length, workers)
+
+
+def _tokenise(
+    kept: Iterable[Kept[A]],
+    render: Callable[[Sequence[A]], list[R]],
+    policies: Policies,
+    max_length: int,
+    workers: int,
+) -> Iterator[tuple[Kept[A], Fitted[A, R] | Drop]]:
     for chunk, rendered in in_chunks(kept, render, workers):
-        for one, pair in zip(chunk, rendered, strict=True):
-            longest = length(pair)
+        for one, row in zip(chunk, rendered, strict=True):
+            longest = length(row)
             if longest <= max_length:
-                yield one, FittedPair(one.example, pair)
+                yield one, Fitted(one.example, row)
             elif policies.on_overlong == "drop":
                 yield one, Drop("longer than max_length")
             elif policies.on_overlong == "error":
@@ -63,12 +95,12 @@ def tokenise_pairs(
                     fix="raise data.max_length, or set data.on_overlong: truncate or drop",
                 )
             else:
-                yield one, with_shorter_prompt(one.example, family, encoder, max_length)
+                yield one, _shortened(one.example, render, max_length)
 
 
-def length(pair: RenderedPair) -> int:
-    """Tokens of the longer one of its two sequences."""
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+def length(rendered: RenderedPair | RenderedAnswer) -> int:
+    """Tokens of its longest sequence."""
+    return len(rendered.prompt) + max(map(len, rendered.answers))
 
 
 def with_shorter_prompt(preference: Preference, family: Family, encoder: Encoder, max_length: int) -> FittedPair | Drop:
@@ -77,44 +109,58 @@ def with_shorter_prompt(preference: Preference, family: Family, encoder: Encoder
     The system turn stays, and the prompt still begins with a user turn. An answer is never cut: its turn end would be
     lost, and the score or the log-probability of half an answer is not that of the answer.
     """
-    first = preference.prompt[0]
+    return _shortened(preference, partial(render_preferences, family=family, encoder=encoder), max_length)
+
+
+def _shortened(row: A, render: Callable[[Sequence[A]], list[R]], max_length: int) -> Fitted[A, R] | Drop:
+    first = row.prompt[0]
     system = (first,) if first.role == "system" else ()
-    begins = [place for place, message in enumerate(preference.prompt) if message.role == "user"]
+    begins = [place for place, message in enumerate(row.prompt) if message.role == "user"]
     for place in begins[1:]:
-        shorter = replace(preference, prompt=(*system, *preference.prompt[place:]))
-        (pair,) = render_preferences([shorter], family, encoder)
-        if length(pair) <= max_length:
-            return FittedPair(shorter, pair, ("oldest turns of the prompt left out",))
+        shorter = replace(row, prompt=(*system, *row.prompt[place:]))
+        (rendered,) = render([shorter])
+        if length(rendered) <= max_length:
+            return Fitted(shorter, rendered, ("oldest turns of the prompt left out",))
     return Drop("prompt and answer longer than max_length")
 
 
-class Pairs:
-    """Ids of many pairs in flat arrays: four bytes an id."""
+class AnswerRows:
+    """Ids of many prompts with their answers in flat arrays: four bytes an id, and a number a row.
 
-    def __init__(self) -> None:
+    Args:
+        parts: columns of ids, the prompt's first.
+        number: column of the number: a margin, or a label.
+    """
+
+    def __init__(self, parts: Sequence[str], number: str) -> None:
+        self._parts = tuple(parts)
+        self._number = number
         self._ids = array("i")
-        self._ends = [0]  # of each part of each pair, in the order of PARTS
-        self._margins = array("f")
+        self._ends = [0]  # of each part of each row, in order
+        self._numbers = array("f")
 
     def __len__(self) -> int:
-        return len(self._ends) // len(PARTS)
+        return len(self._numbers)
 
-    def append(self, pair: RenderedPair, margin: float = 0.0) -> None:
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
+    def append(self, rendered: RenderedPair | RenderedAnswer, number: float = 0.0) -> None:
+        for ids in (rendered.prompt, *rendered.answers):
             self._ids.extend(ids)
             self._ends.append(len(self._ids))
-        self._margins.append(margin)
+        self._numbers.append(number)
 
     def length(self, index: int) -> int:
-        """Tokens of the prompt with the longer answer."""
-        start, prompt, chosen, rejected = self._ends[index * len(PARTS) : (index + 1) * len(PARTS) + 1]
-        return prompt - start + max(chosen - prompt, rejected - chosen)
+        """Tokens of the prompt with its longest answer."""
+        size = len(self._parts)
+        start, prompt, *answers = self._ends[index * size : (index + 1) * size + 1]
+        begins = (prompt, *answers)
+        return prompt - start + max(end - begin for begin, end in zip(begins, answers, strict=False))
 
     def row(self, index: int) -> TrainRow:
-        """`prompt_ids`, `chosen_ids`, `rejected_ids` (int32 arrays) and `margin`."""
-        places = range(index * len(PARTS), (index + 1) * len(PARTS))
+        """The ids as int32 arrays, and the number."""
+        size = len(self._parts)
+        places = range(index * size, (index + 1) * size)
         parts = {
             name: np.array(self._ids[self._ends[place] : self._ends[place + 1]], dtype=np.int32)
-            for name, place in zip(PARTS, places, strict=True)
+            for name, place in zip(self._parts, places, strict=True)
         }
-        return {**parts, "margin": self._margins[index]}
+        return {**parts, self._number: self._numbers[index]}

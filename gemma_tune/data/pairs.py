@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 
 from gemma_tune.data.arrow import fingerprint, int_lists, lengths, make_dataset
 from gemma_tune.data.build import Prepared, nothing_left, source_identity, split
-from gemma_tune.data.mix import read_preferences
+from gemma_tune.data.mix import Kept, read_preferences
 from gemma_tune.data.pack import alike
-from gemma_tune.data.pair_tokens import PARTS, Pairs, tokenise_pairs
+from gemma_tune.data.pair_tokens import PARTS, AnswerRows, Fitted, R, tokenise_pairs
 from gemma_tune.data.policies import Drop, Policies
-from gemma_tune.data.report import DataReport, PairFigures, Tally
+from gemma_tune.data.report import PairFigures, Tally
 from gemma_tune.data.spool import Spool
-from gemma_tune.data.tokens import TrainRow
 from gemma_tune.gemma.chat import Encoder
-from gemma_tune.gemma.conversation import Preference
+from gemma_tune.gemma.conversation import Answered, Preference
 from gemma_tune.gemma.families import Family
+
+A = TypeVar("A", bound=Answered)
 
 FORMAT = 1
 """Raised when the same recipe and data would give other rows than before: it is part of the fingerprint."""
@@ -78,19 +79,69 @@ def build_pairs(
         "margins": margins,
         "batch": batch if shuffle else 1,
     }
-    tally, pairs = Tally(), Pairs()
-    spool: Spool[Preference] = Spool()
-    groups: list[bytes] = []
+    tally = Tally()
     kept = read_preferences(sources, family, policies, tally, margins=margins, deduplicate=deduplicate, seed=seed)
-    for one, fitted in tokenise_pairs(kept, family, encoder, policies, max_length=max_length, workers=workers):
-        if isinstance(fitted, Drop):
-            tally.drop(fitted.reason, one.where)
+    features = int_lists(PARTS)
+    if margins:
+        features["margin"] = datasets.Value("float32")
+    return prepare(
+        tokenise_pairs(kept, family, encoder, policies, max_length=max_length, workers=workers),
+        AnswerRows(PARTS, "margin"),
+        lambda preference: preference.margin or 0.0,
+        features=features,
+        figures=_figures,
+        settings=settings,
+        tally=tally,
+        holdout=holdout,
+        shuffle=shuffle,
+        batch=batch,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def prepare(
+    fitted: Iterable[tuple[Kept[A], Fitted[A, R] | Drop]],
+    rows: AnswerRows,
+    number: Callable[[A], float],
+    *,
+    features: datasets.Features,
+    figures: Callable[[datasets.Dataset], Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    tally: Tally,
+    holdout: float,
+    shuffle: bool,
+    batch: int,
+    seed: int,
+    arrange: Callable[[Sequence[int], Sequence[bytes]], list[int]] = lambda order, groups: list(order),
+    progress: Callable[[int], None] | None = None,
+) -> Prepared[A]:
+    """What pairs and judged answers share once they are tokenised: count, split, order, store.
+
+    Args:
+        fitted: rows with their ids, or why they are dropped.
+        rows: where the ids go; empty.
+        number: the number of a row.
+        features: columns of the prepared rows.
+        figures: prepared rows -> what the report says of them beside the counts.
+        settings: all that decides about the rows, for the fingerprint.
+        arrange: (order of the training rows, group of each row) -> the order in which they are trained.
+        progress: called with the number of rows so far, now and then.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    spool: Spool[A] = Spool()
+    groups: list[bytes] = []
+    for one, found in fitted:
+        if isinstance(found, Drop):
+            tally.drop(found.reason, one.where)
             continue
-        for name in fitted.repairs:
+        for name in found.repairs:
             tally.repair(name, one.where)
-        pairs.append(fitted.rendered, fitted.preference.margin or 0.0)
+        rows.append(found.rendered, number(found.example))
         groups.append(one.group)
-        spool.append(fitted.preference)
+        spool.append(found.example)
         if progress and len(spool) % 256 == 0:
             progress(len(spool))
     if not groups:
@@ -99,30 +150,22 @@ def build_pairs(
     held_order = [index for index in order if index in held]
     kept_order = [index for index in order if index not in held]
     if shuffle and batch > 1:
-        kept_order = alike(kept_order, [pairs.length(index) for index in range(len(pairs))], batch, seed)
-    train, train_digest = _dataset((pairs.row(index) for index in kept_order), margins)
-    held_out, held_digest = _dataset((pairs.row(index) for index in held_order), margins)
+        kept_order = alike(kept_order, [rows.length(index) for index in range(len(rows))], batch, seed)
+    kept_order = arrange(kept_order, groups)
+    train, train_digest = make_dataset((rows.row(index) for index in kept_order), features, hashed=list(features))
+    held_out, held_digest = make_dataset((rows.row(index) for index in held_order), features, hashed=list(features))
     examples = [spool[index] for index in held_order]
     digest = fingerprint(settings, spool.sha256(), train_digest, held_digest)
     spool.close()
-    return Prepared(train, held_out, examples, _report(tally, train, len(held)), digest)
+    report = tally.report(documents=len(train), held_out=len(held), rows=len(train), **figures(train))
+    return Prepared(train, held_out, examples, report, digest)
 
 
-def _dataset(rows: Iterable[TrainRow], margins: bool) -> tuple[datasets.Dataset, str]:
-    features = int_lists(PARTS)
-    if margins:
-        features["margin"] = datasets.Value("float32")
-    return make_dataset(rows, features, hashed=list(features))
-
-
-def _report(tally: Tally, train: datasets.Dataset, held_out: int) -> DataReport:
+def _figures(train: datasets.Dataset) -> dict[str, Any]:
     prompt, chosen, rejected = (np.concatenate(list(lengths(train, name))) for name in PARTS)
     longer = (chosen > rejected).mean() + (chosen == rejected).mean() / 2
-    return tally.report(
-        documents=len(train),
-        held_out=held_out,
-        rows=len(train),
-        tokens=int((2 * prompt + chosen + rejected).sum()),
-        trained_tokens=int((chosen + rejected).sum()),
-        pairs=PairFigures(float(chosen.mean()), float(rejected.mean()), float(longer)),
-    )
+    return {
+        "tokens": int((2 * prompt + chosen + rejected).sum()),
+        "trained_tokens": int((chosen + rejected).sum()),
+        "pairs": PairFigures(float(chosen.mean()), float(rejected.mean()), float(longer)),
+    }

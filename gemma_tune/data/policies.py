@@ -12,10 +12,10 @@ from typing import Generic, Literal, TypeVar
 
 from gemma_tune.data.cells import RowError
 from gemma_tune.gemma.chat import check_conversation, written_text
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, Preference
+from gemma_tune.gemma.conversation import Answered, Conversation, Document, Example, Message
 from gemma_tune.gemma.families import Family
 
-E = TypeVar("E", bound=Example | Preference)
+E = TypeVar("E", bound=Example | Answered)
 
 ON_BAD_ROW = "data.on_bad_row: drop"
 

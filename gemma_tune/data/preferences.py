@@ -262,7 +262,7 @@ def _finished(row: Row, prompt: Sequence[Message], chosen: Message, rejected: Me
         tools=tools_of(row.get("tools")),
         thinking=thinking_of(row),
         margin=_margin(row),
-        group=_group(row),
+        group=group_of_row(row),
     )
 
 
@@ -311,7 +311,8 @@ def _margin(row: Row) -> float | None:
     return None
 
 
-def _group(row: Row) -> str:
+def group_of_row(row: Row) -> str:
+    """The group that a row names; empty where it names none."""
     value = row.get("group")
     if value is None:
         return ""

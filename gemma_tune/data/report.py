@@ -22,6 +22,21 @@ class PairFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgedFigures:
+    """The judged answers that are trained.
+
+    Attributes:
+        good, bad: how many of either kind.
+        good_tokens, bad_tokens: mean tokens of an answer, its end token counted; None where there is none.
+    """
+
+    good: int
+    bad: int
+    good_tokens: float | None
+    bad_tokens: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """The data of a run in numbers.
 
@@ -32,15 +47,16 @@ class DataReport:
         noted: rows by peculiarity that changes nothing (text that looks like a control token).
         first: name of a repair, drop or note -> the first row that had it.
         remarks: one sentence each.
-        held_out: conversations and plain texts that are held out; a text that was split counts by its pieces. Pairs,
-            where the rows are pairs.
+        held_out: conversations and plain texts that are held out; a text that was split counts by its pieces. Pairs or
+            judged answers, where the rows are such.
         documents: those that are trained, counted alike; like all that follows, None where they are streamed.
         rows: training rows: packs, or documents where packing is off.
         tokens: tokens in the training rows, padding not counted. Of a pair: in its two sequences, so that the prompt
             counts twice.
         trained_tokens: those of them that carry loss. Of a pair: those of its answers.
-        fill: tokens / (rows * max_length); how full the packs are. None where the rows are pairs.
+        fill: tokens / (rows * max_length); how full the packs are. None where the rows are pairs or judged answers.
         pairs: None where the rows are no pairs.
+        judged: None where the rows are no judged answers.
     """
 
     read: Mapping[str, int]
@@ -56,6 +72,7 @@ class DataReport:
     trained_tokens: int | None = None
     fill: float | None = None
     pairs: PairFigures | None = None
+    judged: JudgedFigures | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +94,13 @@ class DataReport:
                 f"answers on average: chosen {figures.chosen_tokens:.1f} tokens, rejected "
                 f"{figures.rejected_tokens:.1f}; the chosen one is longer in {figures.chosen_longer:.0%} of the pairs"
             )
+        elif self.judged is not None:
+            kinds = self.judged
+            yield f"{self.rows:,} training answers: {kinds.good:,} good, {kinds.bad:,} bad; {self.held_out:,} held out"
+            yield f"{self.tokens:,} tokens, {self.trained_tokens:,} of them in the answers"
+            means = {"good": kinds.good_tokens, "bad": kinds.bad_tokens}
+            shown = ", ".join(f"{name} {mean:.1f} tokens" for name, mean in means.items() if mean is not None)
+            yield f"answers on average: {shown}"
         else:
             yield (
                 f"{self.documents:,} documents in {self.rows:,} training rows ({self.fill:.0%} full), "

@@ -17,16 +17,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from gemma_tune.data import preferences, rows
+from gemma_tune.data import judgements, preferences, rows
 from gemma_tune.data.cells import SourceRow
 from gemma_tune.data.files import read_file, suffix_of
 from gemma_tune.errors import GemmaTuneError, UserError
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Preference
+from gemma_tune.gemma.conversation import Answered, Conversation, Document, Example, Judged, Preference
 from gemma_tune.recipe.shipped import sample_file
 
-Wanted = Literal["examples", "preferences"]
-"""What a stage makes of its rows: conversations and documents (sft), or pairs of answers (reward, dpo)."""
-Read = TypeVar("Read", bound=Callable[..., Example | Preference])
+Wanted = Literal["examples", "preferences", "judged"]
+"""What a stage makes of its rows: conversations and documents (sft), pairs of answers (reward, dpo), or judged answers
+(kto), which it makes of pairs as well."""
+Read = TypeVar("Read", bound=Callable[..., Example | Answered])
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Named:
     hub: str
     split: str
     holds: Wanted
-    read: Callable[[Mapping[str, Any]], Example | Preference]
+    read: Callable[[Mapping[str, Any]], Example | Answered]
 
 
 NAMED: dict[str, Named] = {}
@@ -83,10 +84,17 @@ def hh_rlhf(row: Mapping[str, Any]) -> Preference:
     return preferences.dialogue_preference(row)
 
 
+@named("kto_mix", hub="trl-lib/kto-mix-14k", holds="judged")
+def kto_mix(row: Mapping[str, Any]) -> Judged:
+    """KTO mix 14k: columns `prompt` and `completion` (lists of messages), `label`."""
+    return judgements.judged(row)
+
+
 UNTRAINABLE_SPLITS: dict[tuple[str, Wanted], tuple[str, str]] = {
     ("HuggingFaceH4/ultrachat_200k", "examples"): (r"_gen$", "_sft"),
     ("HuggingFaceH4/ultrafeedback_binarized", "examples"): (r"_gen$", "_sft"),
     ("HuggingFaceH4/ultrafeedback_binarized", "preferences"): (r"_(gen|sft)$", "_prefs"),
+    ("HuggingFaceH4/ultrafeedback_binarized", "judged"): (r"_(gen|sft)$", "_prefs"),
 }
 """Hub id, what is wanted -> pattern of splits that are made for something else, and what to write in its place.
 
@@ -106,7 +114,7 @@ class Opened:
 
     label: str
     rows: Iterator[SourceRow]
-    to_example: Callable[[Any], Example | Preference] = field(repr=False)
+    to_example: Callable[[Any], Example | Answered] = field(repr=False)
 
     def __iter__(self) -> Iterator[SourceRow]:
         return self.rows
@@ -126,8 +134,8 @@ def open_source(source: Mapping[str, Any], *, wanted: Wanted = "examples", strea
     """
     name = source["name"]
     known = NAMED.get(name)
-    if known and known.holds != wanted:
-        raise _other_stage(known)
+    if known and known.holds != wanted and (known.holds, wanted) != ("preferences", "judged"):
+        raise _other_stage(known, wanted)
     if re.match(r"https?://", name):
         raise UserError(f"{name!r} is an address", where="data.sources", fix="download the file and give its path")
     if ".py:" in name or name.endswith(".py"):
@@ -148,26 +156,37 @@ def open_source(source: Mapping[str, Any], *, wanted: Wanted = "examples", strea
     return Opened(label, islice(found, limit) if limit else found, _reader(source, known, wanted))
 
 
-def _reader(source: Mapping[str, Any], known: Named | None, wanted: Wanted) -> Callable[[Any], Example | Preference]:
+def _reader(source: Mapping[str, Any], known: Named | None, wanted: Wanted) -> Callable[[Any], Example | Answered]:
     format, columns = source.get("format") or "auto", dict(source.get("columns") or {})
     if known and format == "auto" and not columns:
         return partial(_read_named, known)
     if wanted == "preferences":
         return partial(preferences.normalise_pair, format=format, columns=columns)
+    if wanted == "judged":
+        return partial(judgements.normalise_judged, format=format, columns=columns)
     return partial(rows.normalise, format=format, columns=columns)
 
 
-def _other_stage(known: Named) -> UserError:
-    pairs = known.holds == "preferences"
-    others = ", ".join(one.name for one in NAMED.values() if one.holds != known.holds)
+_HELD: dict[Wanted, tuple[str, str]] = {
+    "examples": ("no pairs: a set for sft", "sft"),
+    "preferences": ("pairs of answers: a set for reward, dpo and kto", "dpo, reward or kto"),
+    "judged": ("single answers that are judged: a set for kto", "kto"),
+}
+"""What a named set holds -> in words, and the stages that it is for."""
+
+
+def _other_stage(known: Named, wanted: Wanted) -> UserError:
+    what, stages = _HELD[known.holds]
+    fitting = ("preferences", "judged") if wanted == "judged" else (wanted,)
+    others = ", ".join(one.name for one in NAMED.values() if one.holds in fitting)
     return UserError(
-        f"{known.name!r} holds {'pairs of answers: a set for reward and dpo' if pairs else 'no pairs: a set for sft'}",
+        f"{known.name!r} holds {what}",
         where="data.sources",
-        fix=f"set stage: {'dpo or reward' if pairs else 'sft'}, or name another set: {others}",
+        fix=f"set stage: {stages}, or name another set: {others}",
     )
 
 
-def _read_named(known: Named, row: Any) -> Example | Preference:
+def _read_named(known: Named, row: Any) -> Example | Answered:
     try:
         return known.read(row)
     except KeyError as error:
@@ -301,7 +320,7 @@ def _module(path: Path) -> Any:
 def _called(function: Callable[[], Any], path: Path, name: str) -> Iterator[SourceRow]:
     try:
         found = function()
-        if isinstance(found, (str, bytes, Mapping, Conversation, Document, Preference)) or not hasattr(
+        if isinstance(found, (str, bytes, Mapping, Conversation, Document, Preference, Judged)) or not hasattr(
             found, "__iter__"
         ):
             raise UserError(

@@ -13,12 +13,21 @@ from dataclasses import asdict, fields
 from typing import Any, Generic, TypeVar, cast
 
 from gemma_tune.data.cells import RowError
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, Preference, ToolCall
+from gemma_tune.gemma.conversation import (
+    Answered,
+    Conversation,
+    Document,
+    Example,
+    Judged,
+    Message,
+    Preference,
+    ToolCall,
+)
 
-E = TypeVar("E", bound=Example | Preference)
+E = TypeVar("E", bound=Example | Answered)
 
 
-def to_json(example: Example | Preference) -> str:
+def to_json(example: Example | Answered) -> str:
     """One line, the same for equal examples in every process.
 
     Raises:
@@ -38,15 +47,16 @@ def to_json(example: Example | Preference) -> str:
         raise RowError(f"holds what is not JSON: {error}", kind="value that is not JSON") from error
 
 
-def _turns(example: Conversation | Preference) -> dict[str, Any]:
+def _turns(example: Conversation | Answered) -> dict[str, Any]:
     if isinstance(example, Conversation):
         return {"messages": [_message(message) for message in example.messages]}
     row: dict[str, Any] = {
         "prompt": [_message(message) for message in example.prompt],
-        "chosen": _message(example.chosen),
-        "rejected": _message(example.rejected),
+        **{name: _message(answer) for name, answer in example.answers.items()},
     }
-    if example.margin is not None:
+    if isinstance(example, Judged):
+        row["good"] = example.good
+    elif example.margin is not None:
         row["margin"] = example.margin
     if example.group:
         row["group"] = example.group
@@ -61,7 +71,7 @@ def _message(message: Message) -> dict[str, Any]:
     return row
 
 
-def from_json(line: str) -> Example | Preference:
+def from_json(line: str) -> Example | Answered:
     """The inverse of `to_json`."""
     row = json.loads(line)
     if "text" in row:
@@ -69,8 +79,10 @@ def from_json(line: str) -> Example | Preference:
     tools, thinking = tuple(row.get("tools", ())), row.get("thinking", False)
     if "messages" in row:
         return Conversation(tuple(map(_read_message, row["messages"])), tools, thinking)
-    chosen, rejected = _read_message(row["chosen"]), _read_message(row["rejected"])
     prompt = tuple(map(_read_message, row["prompt"]))
+    if "good" in row:
+        return Judged(prompt, _read_message(row["completion"]), row["good"], tools, thinking, row.get("group", ""))
+    chosen, rejected = _read_message(row["chosen"]), _read_message(row["rejected"])
     return Preference(prompt, chosen, rejected, tools, thinking, row.get("margin"), row.get("group", ""))
 
 

@@ -17,10 +17,10 @@ from gemma_tune.data.pack import pack
 from gemma_tune.data.policies import Drop, Policies
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.chat import Encoder, Rendered, TrainOn, render_many
-from gemma_tune.gemma.conversation import Document, Example, Preference
+from gemma_tune.gemma.conversation import Answered, Document, Example
 from gemma_tune.gemma.families import Family
 
-E = TypeVar("E", bound=Example | Preference)
+E = TypeVar("E", bound=Example | Answered)
 R = TypeVar("R")
 
 IGNORED = -100

@@ -10,12 +10,12 @@ Never headers, never tool responses, never the newline after a turn end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from gemma_tune.errors import UserError
-from gemma_tune.gemma.conversation import Conversation, Document, Message, Preference
+from gemma_tune.gemma.conversation import Answered, Conversation, Document, Judged, Message, Preference
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.gemma4 import check_gemma4, without_thoughts, write_gemma4
 from gemma_tune.gemma.pieces import By, Piece, Script, Token
@@ -58,6 +58,22 @@ class RenderedPair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+
+    @property
+    def answers(self) -> tuple[list[int], ...]:
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedAnswer:
+    """A prompt and one answer to it as token ids, as in `RenderedPair`."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def answers(self) -> tuple[list[int], ...]:
+        return (self.answer,)
 
 
 def render(conversation: Conversation, family: Family, encoder: Encoder, train_on: TrainOn = "model_turns") -> Rendered:
@@ -103,36 +119,49 @@ def render_preferences(preferences: Sequence[Preference], family: Family, encode
     """Pairs, with one call of the encoder for all of them.
 
     Raises:
-        UserError: the generation's template refuses a pair (`check_preference` says why).
+        UserError: the generation's template refuses a pair (`check_answers` says why).
     """
-    scripts: list[list[Piece]] = []
-    for preference in preferences:
-        reason = check_preference(preference, family)
+    return [RenderedPair(prompt, *answers) for prompt, answers in _render_answers(preferences, family, encoder)]
+
+
+def render_judged(judged: Sequence[Judged], family: Family, encoder: Encoder) -> list[RenderedAnswer]:
+    """Judged answers, with one call of the encoder for all of them.
+
+    Raises:
+        UserError: as `render_preferences`.
+    """
+    return [RenderedAnswer(prompt, *answers) for prompt, answers in _render_answers(judged, family, encoder)]
+
+
+def _render_answers(
+    rows: Sequence[Answered], family: Family, encoder: Encoder
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """(ids of the prompt, ids of each answer) of each row."""
+    scripts: list[list[list[Piece]]] = []
+    for row in rows:
+        reason = check_answers(row, family)
         if reason is not None:
             raise UserError(reason, fix="set data.fix_roles, or correct the row")
-        scripts += _pair_scripts(preference, family)
-    encoded = _encode(scripts, family, encoder)
-    pairs = []
-    for place in range(0, len(scripts), 3):
-        prompt, *sides = (_assemble(script, family, encoded, "model_turns") for script in scripts[place : place + 3])
+        scripts.append(_answer_scripts(row, family))
+    encoded = _encode([script for row in scripts for script in row], family, encoder)
+    for row_scripts in scripts:
+        prompt, *sides = (_assemble(script, family, encoded, "model_turns") for script in row_scripts)
         if any(side.ids[: len(prompt.ids)] != prompt.ids for side in sides):
             raise RuntimeError(f"the encoder joins the prompt with its answer: {prompt.ids[-8:]}")
-        chosen, rejected = (side.ids[len(prompt.ids) : side.turns[-1]] for side in sides)
-        pairs.append(RenderedPair(prompt.ids, chosen, rejected))
-    return pairs
+        yield prompt.ids, [side.ids[len(prompt.ids) : side.turns[-1]] for side in sides]
 
 
-def check_preference(preference: Preference, family: Family) -> str | None:
-    """Why this generation cannot render the pair; None where it can."""
-    for name, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
-        reason = check_conversation(preference.conversation(answer), family)
+def check_answers(row: Answered, family: Family) -> str | None:
+    """Why this generation cannot render the prompt with its answers; None where it can."""
+    for name, answer in row.answers.items():
+        reason = check_conversation(row.conversation(answer), family)
         if reason is not None:
             return f"{name}: {reason}"
-    reason = check_conversation(preference.conversation(), family)
+    reason = check_conversation(row.conversation(), family)
     if reason is not None:
         return f"prompt: {reason}"
-    prompt, chosen, rejected = _pair_scripts(preference, family)
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
+    prompt, *sides = _answer_scripts(row, family)
+    for name, side in zip(row.answers, sides, strict=True):
         if not _begins_with(side, prompt):
             return f"{name}: {family.label} is not prompted for this answer: its prompt already says something else"
     return None
@@ -165,13 +194,10 @@ def written_text(message: Message, family: Family) -> str:
     return message.content.strip()
 
 
-def _pair_scripts(preference: Preference, family: Family) -> list[list[Piece]]:
-    """The prompt, and both whole conversations."""
-    return [
-        _write(preference.conversation(), family, prompt=True),
-        _write(preference.conversation(preference.chosen), family),
-        _write(preference.conversation(preference.rejected), family),
-    ]
+def _answer_scripts(row: Answered, family: Family) -> list[list[Piece]]:
+    """The prompt, and the whole conversation with each answer."""
+    whole = (_write(row.conversation(answer), family) for answer in row.answers.values())
+    return [_write(row.conversation(), family, prompt=True), *whole]
 
 
 def _begins_with(script: Sequence[Piece], prompt: Sequence[Piece]) -> bool:

@@ -77,10 +77,50 @@ class Preference:
     margin: float | None = None
     group: str = ""
 
+    @property
+    def answers(self) -> dict[str, Message]:
+        """Name -> answer, the better one first."""
+        return {"chosen": self.chosen, "rejected": self.rejected}
+
     def conversation(self, answer: Message | None = None) -> Conversation:
         """The prompt, followed by `answer` where one is given."""
-        turns = self.prompt if answer is None else (*self.prompt, answer)
-        return Conversation(turns, tools=self.tools, thinking=self.thinking)
+        return _followed(self, answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One answer to a prompt, and whether it was found good.
+
+    Attributes:
+        prompt: turns before the answer; the last one is not the model's.
+        answer: one model turn.
+        good: thumbs up or down.
+        tools, thinking: as in `Conversation`.
+        group: as in `Preference`.
+    """
+
+    prompt: tuple[Message, ...]
+    answer: Message
+    good: bool
+    tools: tuple[Mapping[str, Any], ...] = field(default=())
+    thinking: bool = False
+    group: str = ""
+
+    @property
+    def answers(self) -> dict[str, Message]:
+        """Name -> answer: one."""
+        return {"completion": self.answer}
+
+    def conversation(self, answer: Message | None = None) -> Conversation:
+        """The prompt, followed by `answer` where one is given."""
+        return _followed(self, answer)
+
+
+def _followed(asked: Preference | Judged, answer: Message | None) -> Conversation:
+    turns = asked.prompt if answer is None else (*asked.prompt, answer)
+    return Conversation(turns, tools=asked.tools, thinking=asked.thinking)
 
 
 Example = Conversation | Document
+Answered = Preference | Judged
+"""What is asked, with the answers to it that are compared or judged."""

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from gemma_tune.gemma.chat import Encoder, render_prompt
-from gemma_tune.gemma.conversation import Conversation, Document, Example, Message, Preference
+from gemma_tune.gemma.conversation import Answered, Conversation, Document, Example, Judged, Message
 from gemma_tune.gemma.families import Family
 
 DOCUMENT_PROMPT_WORDS = 6
@@ -202,7 +202,7 @@ def stop_rate(found: Sequence[Answer]) -> float | None:
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 
-def sample_prompts(texts: Sequence[str], held_out: Sequence[Example | Preference], count: int) -> list[Prompt]:
+def sample_prompts(texts: Sequence[str], held_out: Sequence[Example | Answered], count: int) -> list[Prompt]:
     """The fixed prompts of the recipe, then the first user turns of `count` held-out rows, none of them twice.
 
     Where the held-out rows are plain documents, the fixed prompts are beginnings of documents too.
@@ -220,14 +220,16 @@ def sample_prompts(texts: Sequence[str], held_out: Sequence[Example | Preference
     return fixed + chosen
 
 
-def prompt_of(example: Example | Preference) -> Prompt | None:
+def prompt_of(example: Example | Answered) -> Prompt | None:
     """The first user turn of a held-out row (with the system turn before it); None where it has no user turn.
 
-    Of a pair the whole prompt, and the chosen answer as what could come next.
+    Of a pair or a judged answer the whole prompt, and as what could come next the answer that was found good.
     """
-    if isinstance(example, Preference):
-        last = example.prompt[-1].content
-        return Prompt(last, example.conversation(), held_out=True, reference=example.chosen.content)
+    if isinstance(example, Answered):
+        last, better = example.prompt[-1].content, next(iter(example.answers.values())).content
+        if isinstance(example, Judged) and not example.good:
+            better = ""
+        return Prompt(last, example.conversation(), held_out=True, reference=better)
     if isinstance(example, Document):
         words = example.text.split(" ")
         head = " ".join(words[:DOCUMENT_PROMPT_WORDS])

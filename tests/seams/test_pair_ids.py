@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gemma_tune.gemma.chat import (
     RenderedPair,
-    check_preference,
+    check_answers,
     render,
     render_preferences,
     render_prompt,
@@ -68,7 +68,7 @@ def check_against_the_template(preference: Preference, pair: RenderedPair, name:
 def test_prompts_and_answers_are_those_of_the_official_template(name: str) -> None:
     family, encoder = FAMILIES[name], protected_encoder(name)
     pairs = random_pairs(family, f"pairs {name}")
-    fine = [pair for pair in pairs if check_preference(pair, family) is None]
+    fine = [pair for pair in pairs if check_answers(pair, family) is None]
     assert len(fine) > 0.8 * PAIRS
     for preference, rendered in zip(fine, render_preferences(fine, family, encoder), strict=True):
         check_against_the_template(preference, rendered, name)
@@ -79,7 +79,7 @@ def test_prompts_and_answers_are_those_of_the_official_template(name: str) -> No
 def test_every_family_begins_a_conversation_with_prompt_and_answer(name: str) -> None:
     """Those that share a template and a tokenizer too: each has its own row of facts."""
     family, encoder = FAMILIES[name], protected_encoder(name)
-    pairs = [pair for pair in random_pairs(family, name, 60) if check_preference(pair, family) is None]
+    pairs = [pair for pair in random_pairs(family, name, 60) if check_answers(pair, family) is None]
     assert pairs
     for preference, pair in zip(pairs, render_preferences(pairs, family, encoder), strict=True):
         for answer, ids in ((preference.chosen, pair.chosen), (preference.rejected, pair.rejected)):
@@ -100,7 +100,7 @@ def test_what_gemma4_cannot_be_prompted_for_is_refused_and_nothing_else() -> Non
             thoughts = [answer.thinking or "" for answer in (pair.chosen, pair.rejected)]
             unanswered = any(not thought or thought.startswith("\n") for thought in thoughts)
             expected = bool(written_text(caller, family)) or (pair.thinking and unanswered)
-        assert (check_preference(pair, family) is not None) == expected, pair
+        assert (check_answers(pair, family) is not None) == expected, pair
         refused += expected
     assert refused > 20
 

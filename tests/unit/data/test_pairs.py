@@ -189,10 +189,10 @@ def test_as_few_turns_go_as_must(sizes: list[int], system: bool, limit: int, fam
     if isinstance(fitted, Drop):
         assert not fits
         return
-    assert fitted.preference.prompt == (*head, *turns[fits[0] :])
+    assert fitted.example.prompt == (*head, *turns[fits[0] :])
     assert length(fitted.rendered) <= limit
     for answer, ids in ((given.chosen, fitted.rendered.chosen), (given.rejected, fitted.rendered.rejected)):
-        whole = render(fitted.preference.conversation(answer), family, ByteEncoder())
+        whole = render(fitted.example.conversation(answer), family, ByteEncoder())
         assert whole.ids[: whole.turns[-1]] == fitted.rendered.prompt + ids
 
 

@@ -125,9 +125,12 @@ def test_the_conversations_of_ultrafeedback_are_for_sft(hub: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("name", "wanted", "stage", "other"),
     [
-        ("ultrafeedback", "examples", "stage: dpo or reward", "ultrachat"),
-        ("hh_rlhf", "examples", "stage: dpo or reward", "ultrachat"),
+        ("ultrafeedback", "examples", "stage: dpo, reward or kto", "ultrachat"),
+        ("hh_rlhf", "examples", "stage: dpo, reward or kto", "ultrachat"),
         ("ultrachat", "preferences", "stage: sft", "ultrafeedback, hh_rlhf"),
+        ("ultrachat", "judged", "stage: sft", "ultrafeedback, hh_rlhf, kto_mix"),
+        ("kto_mix", "preferences", "stage: kto", "ultrafeedback, hh_rlhf"),
+        ("kto_mix", "examples", "stage: kto", "ultrachat, ultrachat_original, english_quotes"),
         ("english_quotes", "preferences", "stage: sft", "ultrafeedback, hh_rlhf"),
     ],
 )
@@ -197,7 +200,7 @@ def test_a_new_set_is_one_function(hub: dict[str, Any], monkeypatch: pytest.Monk
         ("english_quote", "did you mean 'english_quotes'?"),
         (
             "squad",
-            "known sets: ultrachat, ultrachat_original, english_quotes, ultrafeedback, hh_rlhf; otherwise a hub id",
+            "known sets: ultrachat, ultrachat_original, english_quotes, ultrafeedback, hh_rlhf, kto_mix; otherwise a hub id",
         ),
         ("https://example.org/x.zip", "download the file"),
         ("a/b/c", "no dataset"),

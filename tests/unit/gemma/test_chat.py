@@ -11,8 +11,8 @@ from gemma_tune.errors import UserError
 from gemma_tune.gemma.chat import (
     Rendered,
     RenderedPair,
+    check_answers,
     check_conversation,
-    check_preference,
     render,
     render_document,
     render_many,
@@ -304,7 +304,7 @@ def test_gemma_4_goes_on_from_the_thought_that_its_prompt_opens() -> None:
     assert prompt.endswith("<tool_response|><|channel>thought\n")
     assert (chosen, rejected) == ("three\n<channel|>Three<turn|>", "four\n<channel|>Four<turn|>")
     without = Preference(tuple(before), sides[0], answer, tools=(TOOL,), thinking=True)
-    assert check_preference(without, G4) == (
+    assert check_answers(without, G4) == (
         "rejected: Gemma 4 is not prompted for this answer: its prompt already says something else"
     )
     with pytest.raises(UserError, match="rejected: Gemma 4 is not prompted"):
@@ -321,14 +321,14 @@ def test_gemma_4_goes_on_from_the_thought_that_its_prompt_opens() -> None:
     ],
 )
 def test_what_cannot_be_rendered_as_a_pair(preference: Preference, reason: str) -> None:
-    assert (check_preference(preference, G3) or "").startswith(reason)
+    assert (check_answers(preference, G3) or "").startswith(reason)
     with pytest.raises(UserError, match=r"chosen|rejected"):
         render_preferences([preference], G3, Characters())
 
 
 def test_a_pair_that_could_be_rendered_has_no_reason() -> None:
     for family in FAMILIES.values():
-        assert check_preference(Preference((HELLO, ANSWER, MORE), ANSWER, ANSWER), family) is None
+        assert check_answers(Preference((HELLO, ANSWER, MORE), ANSWER, ANSWER), family) is None
 
 
 def test_an_encoder_that_joins_prompt_and_answer_is_an_error() -> None:
@@ -341,6 +341,6 @@ def test_an_encoder_that_joins_prompt_and_answer_is_an_error() -> None:
     *before, _ = CALLS
     side = Message("model", "x", thinking="hm")
     preference = Preference(tuple(before), side, side, tools=(TOOL,), thinking=True)
-    assert check_preference(preference, G4) is None
+    assert check_answers(preference, G4) is None
     with pytest.raises(RuntimeError, match="joins the prompt with its answer"):
         render_preferences([preference], G4, Joining())
