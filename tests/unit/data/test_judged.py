@@ -153,7 +153,7 @@ def test_an_answer_is_never_cut(tmp_path: Path) -> None:
     assert texts(shorter) == texts(whole)
     with pytest.raises(UserError, match="prompt and answer longer than max_length: 1"):
         judge([row(turns, "the answer " * 99)], tmp_path, max_length=64)
-    with pytest.raises(UserError, match="above data.max_length"):
+    with pytest.raises(UserError, match=r"above data\.max_length"):
         judge([row(turns, "the answer")], tmp_path, max_length=longest - 1, on_overlong="error")
 
 
@@ -180,7 +180,7 @@ def test_a_bad_row_stops_or_is_counted(tmp_path: Path) -> None:
 
 def test_a_prompt_that_ends_with_the_model_is_merged_where_asked(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
-    with pytest.raises(UserError, match="follows|alternate|nothing to answer"):
+    with pytest.raises(UserError, match="nothing to answer"):
         judge([row(turns, "a")], tmp_path, GEMMA4)
     prepared = judge([row(turns, "a")], tmp_path, GEMMA4, fix_roles="merge")
     (text, _), *_ = texts(prepared, GEMMA4)

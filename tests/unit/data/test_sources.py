@@ -200,7 +200,7 @@ def test_a_new_set_is_one_function(hub: dict[str, Any], monkeypatch: pytest.Monk
         ("english_quote", "did you mean 'english_quotes'?"),
         (
             "squad",
-            "known sets: ultrachat, ultrachat_original, english_quotes, ultrafeedback, hh_rlhf, kto_mix; otherwise a hub id",
+            "ultrachat, ultrachat_original, english_quotes, ultrafeedback, hh_rlhf, kto_mix; otherwise a hub id",
         ),
         ("https://example.org/x.zip", "download the file"),
         ("a/b/c", "no dataset"),
