@@ -105,6 +105,14 @@ def dpo(
     return _training("dpo", context, recipe, overrides, resume)
 
 
+@app.command(context_settings=OVERRIDES)
+def kto(
+    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
+) -> Job:
+    """KTO, from single answers that are judged good or bad."""
+    return _training("kto", context, recipe, overrides, resume)
+
+
 def _training(stage: str, context: typer.Context, recipe: str, overrides: Sequence[str] | None, resume: Resume) -> Job:
     path, changes = split_recipe([recipe, *(overrides or ())], context)
     return lambda: _command("train").run(stage, path, changes, resume.value)

@@ -59,7 +59,21 @@ def _dpo(results: Results) -> list[str]:
     return lines
 
 
-_HELD_OUT: dict[str, Callable[[Results], list[str]]] = {"sft": _sft, "reward": _reward, "dpo": _dpo}
+def _kto(results: Results) -> list[str]:
+    base, tuned = _both(results)
+    if base.get("loss") is None or tuned.get("loss") is None:
+        return []
+    rewards = ((name, tuned.get(f"{name}_reward")) for name in ("good", "bad"))
+    shown = ", ".join(f"{name} {value:+.3f}" for name, value in rewards if value is not None)
+    # As with DPO, all rewards are 0 before the first step.
+    return [
+        f"held-out loss: {base['loss']:.4f} -> {tuned['loss']:.4f}, {tuned['accuracy']:.1%} of {tuned['rows']:,} "
+        "answers on their side of the KL point",
+        f"rewards of the answers: {shown}; KL point {tuned['kl']:.2f} nats",
+    ]
+
+
+_HELD_OUT: dict[str, Callable[[Results], list[str]]] = {"sft": _sft, "reward": _reward, "dpo": _dpo, "kto": _kto}
 
 
 def _both(results: Results) -> tuple[Results, Results]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
 from gemma_tune.commands.picture import borders, legend, picture
+from gemma_tune.commands.show_judged import json_judged, show_judged
 from gemma_tune.commands.show_pairs import json_pairs, show_pairs
 from gemma_tune.gemma.chat import render, render_prompt
 from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
@@ -37,7 +38,8 @@ def run(recipe: str, overrides: list[str], rows: int, as_json: bool) -> int:
 
     As JSON: one object a line for each example in the order of the sources, before the holdout split and packing, with
     `ids`, `trained` (1 where a token carries loss), `text` (the ids decoded), `prompt_ids` (what the model is given to
-    answer the first trained turn) and `where`. Pairs: see `show_pairs.json_pairs`.
+    answer the first trained turn) and `where`. Pairs: see `show_pairs.json_pairs`; judged
+    answers: `show_judged.json_judged`.
     """
     read = read_recipe(recipe, overrides)
     family, _ = model_facts(read.model.name, read.model.revision)
@@ -48,11 +50,11 @@ def run(recipe: str, overrides: list[str], rows: int, as_json: bool) -> int:
     )
     encoder = GemmaEncoder(tokenizer, family)
     if as_json:
-        rows_of = json_rows if read.stage == "sft" else json_pairs
+        rows_of = {"sft": json_rows, "kto": json_judged}.get(read.stage, json_pairs)
         for row in islice(rows_of(read, family, encoder, tokenizer), rows):
             print(json.dumps(row, ensure_ascii=False))
     else:
-        shown = _show if read.stage == "sft" else show_pairs
+        shown = {"sft": _show, "kto": show_judged}.get(read.stage, show_pairs)
         report = shown(read, sampled(read), family, encoder, tokenizer, rows)
         console.out(f"\nthe data (at most {SAMPLE:,} rows of each source were read):")
         for line in report.lines():

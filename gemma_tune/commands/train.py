@@ -1,4 +1,4 @@
-"""`gemma-tune sft`, `reward` and `dpo`: recipe -> plan -> run, then what came of it."""
+"""`gemma-tune sft`, `reward`, `dpo` and `kto`: recipe -> plan -> run, then what came of it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gemma_tune.plan.fit import require_fit
 from gemma_tune.plan.machine import named_machine, probe, world_size_of
 from gemma_tune.plan.memory import total
 from gemma_tune.plan.plan import make_plan
+from gemma_tune.plan.stages import unit
 from gemma_tune.plan.starts import start_of
 from gemma_tune.plan.types import Plan
 from gemma_tune.recipe import yaml
@@ -91,11 +92,11 @@ def summary(plan: Plan) -> str:
     begun = plan.values("session")["adapter"]
     if begun["start"]:
         trained += f" {'on from' if begun['mode'] == 'continue' else 'on top of'} {begun['start']}"
-    rows, length = ("rows", "a row") if plan.stage == "sft" else ("pairs", "a prompt with its answer")
+    length = "a row" if plan.stage == "sft" else "a prompt with its answer"
     return (
         f"{model['name']} in {held}, {trained}, on {plan.machine['name']}: about {need:.1f} GiB\n"
-        f"batch {micro * accumulation * processes} = {micro} {rows} x {accumulation} steps x {processes} processes, "
-        f"{data['max_length']} tokens {length}, learning rate {trainer['learning_rate']:g}"
+        f"batch {micro * accumulation * processes} = {micro} {unit(plan.stage)}s x {accumulation} steps x "
+        f"{processes} processes, {data['max_length']} tokens {length}, learning rate {trainer['learning_rate']:g}"
     )
 
 

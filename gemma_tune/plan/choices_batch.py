@@ -10,7 +10,7 @@ from gemma_tune.gemma.shape import Shape
 from gemma_tune.plan.choices_model import BYTES, Precision, choose_attention, lora_choices
 from gemma_tune.plan.machine import GIB, Machine
 from gemma_tune.plan.memory import Workload, estimate, total
-from gemma_tune.plan.stages import continues
+from gemma_tune.plan.stages import continues, has_reference, least_micro
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
@@ -39,8 +39,8 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def accumulation_steps(size: int, micro: int, processes: int) -> int:
-    """Passes of one process in an optimizer step.
+def accumulation_steps(size: int, micro: int, processes: int, least: int = 1) -> int:
+    """Passes of one process in an optimizer step; a pass cannot have fewer than `least` rows.
 
     Raises:
         UserError: `size` is not a multiple of what all processes take in one pass.
@@ -52,13 +52,13 @@ def accumulation_steps(size: int, micro: int, processes: int) -> int:
     raise UserError(
         f"batch.size {size} cannot be split: {processes} {'process' if processes == 1 else 'processes'} x "
         f"micro {micro} = {step} does not divide {size}. Nearest: {' or '.join(map(str, nearest))}.",
-        fix=f"set batch.size: {nearest[-1]}" + (", or a smaller batch.micro" if micro > 1 else ""),
+        fix=f"set batch.size: {nearest[-1]}" + (", or a smaller batch.micro" if micro > least else ""),
     )
 
 
 def most_processes(recipe: Recipe, machine: Machine) -> int:
     """As many processes, one a device, as the global batch can be split over: what one would start on that machine."""
-    micro = 1 if recipe.batch.micro == "auto" else recipe.batch.micro
+    micro = least_micro(recipe.stage) if recipe.batch.micro == "auto" else recipe.batch.micro
     fitting = (count for count in range(machine.world_size, 1, -1) if recipe.batch.size % (count * micro) == 0)
     return next(fitting, 1)
 
@@ -75,8 +75,8 @@ def workload(
     """What decides about memory, for one row in a pass and without recomputation."""
     lora = lora_choices(recipe, family, start)
     saved = start is not None and continues(recipe)
-    # A copy of what DPO begins with is its reference; an adapter below a new one is frozen in every stage.
-    frozen = start is not None and (recipe.stage == "dpo" or not saved)
+    # A copy of what DPO and KTO begin with is their reference; an adapter below a new one is frozen in every stage.
+    frozen = start is not None and (has_reference(recipe.stage) or not saved)
     silent = recipe.stage != "sft"
     return Workload(
         stage=recipe.stage,
@@ -109,11 +109,13 @@ def choose_batch(recipe: Recipe, machine: Machine, shape: Shape, work: Workload)
         UserError: the global batch cannot be split.
     """
     size, processes = recipe.batch.size, work.world_size
+    least = least_micro(recipe.stage)
     if recipe.batch.micro == "auto":
-        rows = _powers_of_two(accumulation_steps(size, 1, processes))
-        rows = [row for row in rows if row == 1 or row * work.tokens <= MOST_TOKENS[work.device]]
+        rows = _powers_of_two(accumulation_steps(size, least, processes, least) * least)
+        rows = [row for row in rows if row >= least]
+        rows = [row for row in rows if row == least or row * work.tokens <= MOST_TOKENS[work.device]]
     else:
-        accumulation_steps(size, recipe.batch.micro, processes)
+        accumulation_steps(size, recipe.batch.micro, processes, least)
         rows = [recipe.batch.micro]
     asked = recipe.memory.gradient_checkpointing
     work = _best(shape, work, rows, [False, True] if asked == "auto" else [asked], machine)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from gemma_tune.plan.stages import has_pairs, written
+from gemma_tune.plan.stages import has_answers, sequences, unit, written
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Data, Recipe
 
-NOT_OF_PAIRS = frozenset({"packing", "train_on", "streaming", "shuffle_buffer"})
-"""Keys of the data section that pairs have no use for. A recipe that writes them is refused (`recipe.rules`)."""
+NOT_OF_ANSWERS = frozenset({"packing", "train_on", "streaming", "shuffle_buffer"})
+"""Keys of the data section that pairs and judged answers have no use for. A recipe that writes them is refused
+(`recipe.rules`)."""
 
 
 def data_choices(recipe: Recipe) -> dict[str, Choice]:
-    """Keywords of `data.build.build`, or of `data.pairs.build_pairs` where rows are pairs."""
-    pairs = has_pairs(recipe)
-    chosen = {key: written(recipe, f"data.{key}") for key in Data.model_fields if not (pairs and key in NOT_OF_PAIRS)}
+    """Keywords of `data.build.build`, of `data.pairs.build_pairs`, or of `data.judged.build_judged`."""
+    left_out = NOT_OF_ANSWERS if has_answers(recipe) else frozenset()
+    chosen = {key: written(recipe, f"data.{key}") for key in Data.model_fields if key not in left_out}
     chosen["sources"] = Choice([source.model_dump() for source in recipe.data.sources], "recipe")
     chosen["seed"] = Choice(recipe.seed, "the recipe's seed")
-    if pairs:
+    if has_answers(recipe):
+        rows = f"{unit(recipe.stage)}s"
+        chosen["batch"] = Choice(recipe.batch.size, f"batch.size: {rows} of like length share a step, for less padding")
+    if sequences(recipe.stage) == 2:
         chosen["margins"] = _margins(recipe)
-        chosen["batch"] = Choice(recipe.batch.size, "batch.size: pairs of like length share a step, for less padding")
     return chosen
 
 

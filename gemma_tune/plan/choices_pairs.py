@@ -1,4 +1,4 @@
-"""What trl's RewardConfig and DPOConfig receive beside what every stage has."""
+"""What trl's RewardConfig, DPOConfig and KTOConfig receive beside what every stage has."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from gemma_tune.plan.stages import written
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Dpo, Recipe
 
-NO_DROPOUT = "both answers of a pair, and the reference, must be seen by the same network"
+NO_DROPOUT = "all answers, and the reference, must be seen by the same network"
 SCORES = "an answer's score is the plain sum over its tokens, for the policy and for the reference"
 REFERENCE = "the reference stays as it was at the start"
 
 
 def pair_choices() -> dict[str, Choice]:
-    """Keywords that RewardConfig and DPOConfig share."""
+    """Keywords that the three share."""
     return {
         "disable_dropout": Choice(True, NO_DROPOUT),
-        "pad_to_multiple_of": Choice(None, "pairs are padded by gemma_tune.data, to the longest of a pass"),
+        "pad_to_multiple_of": Choice(None, "rows are padded by gemma_tune.data, to the longest of a pass"),
     }
 
 
@@ -45,6 +45,18 @@ def dpo_choices(recipe: Recipe) -> dict[str, Choice]:
         "beta": written(recipe, "dpo.beta"),
         "label_smoothing": smoothed,
         "precompute_ref_log_probs": Choice(False, "the scores of the reference are ours: taken once, and kept"),
+        "sync_ref_model": Choice(False, REFERENCE),
+    }
+
+
+def kto_choices(recipe: Recipe) -> dict[str, Choice]:
+    """Keywords of KTOConfig alone."""
+    return {
+        "loss_type": Choice("kto", "the loss of the paper, with its KL point"),
+        "beta": written(recipe, "kto.beta"),
+        "desirable_weight": written(recipe, "kto.desirable_weight"),
+        "undesirable_weight": written(recipe, "kto.undesirable_weight"),
+        "precompute_ref_log_probs": Choice(False, "the reference is asked in each pass: KL rows are made there"),
         "sync_ref_model": Choice(False, REFERENCE),
     }
 

@@ -1,6 +1,6 @@
-"""Every keyword that trl's SFTConfig, RewardConfig or DPOConfig receives: what the stages share.
+"""Every keyword that trl's SFTConfig, RewardConfig, DPOConfig or KTOConfig receives: what the stages share.
 
-Names are those of trl 1.16 and transformers 5.23. What only pairs need stands in `choices_pairs`.
+Names are those of trl 1.16 and transformers 5.23. What only pairs and judged answers need stands in `choices_pairs`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,17 @@ from typing import Any
 
 from gemma_tune.plan.choices_batch import Batch
 from gemma_tune.plan.choices_model import Precision
-from gemma_tune.plan.choices_pairs import NO_DROPOUT, REFERENCE, SCORES, dpo_choices, pair_choices, reward_choices
+from gemma_tune.plan.choices_pairs import (
+    NO_DROPOUT,
+    REFERENCE,
+    SCORES,
+    dpo_choices,
+    kto_choices,
+    pair_choices,
+    reward_choices,
+)
 from gemma_tune.plan.machine import Machine
-from gemma_tune.plan.stages import has_pairs, written
+from gemma_tune.plan.stages import has_answers, unit, written
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
 
@@ -40,6 +48,13 @@ _FIXED_OF_STAGE: dict[str, dict[str, str]] = {
         "pad_to_multiple_of": _OWN_DATA,
         "ld_alpha": SCORES,
         "use_weighting": SCORES,
+        "sync_ref_model": REFERENCE,
+        "ref_model_mixup_alpha": REFERENCE,
+        "ref_model_sync_steps": REFERENCE,
+    },
+    "kto": {
+        "disable_dropout": NO_DROPOUT,
+        "pad_to_multiple_of": _OWN_DATA,
         "sync_ref_model": REFERENCE,
         "ref_model_mixup_alpha": REFERENCE,
         "ref_model_sync_steps": REFERENCE,
@@ -153,8 +168,8 @@ def _data(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
     sampling = (
         ("random", "data.shuffle: a new order each epoch") if data.shuffle else ("sequential", "data.shuffle: false")
     )
-    if data.shuffle and has_pairs(recipe):
-        sampling = ("sequential", "the data come shuffled, pairs of like length next to each other")
+    if data.shuffle and has_answers(recipe):
+        sampling = ("sequential", f"the data come shuffled, {unit(recipe.stage)}s of like length next to each other")
     return {
         "max_length": Choice(None, _OWN_DATA),
         "remove_unused_columns": Choice(False, _OWN_DATA),
@@ -165,8 +180,9 @@ def _data(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
 
 
 def _of_stage(recipe: Recipe) -> dict[str, Choice]:
-    if has_pairs(recipe):
-        return pair_choices() | (reward_choices(recipe) if recipe.stage == "reward" else dpo_choices(recipe))
+    if has_answers(recipe):
+        own = {"reward": reward_choices, "dpo": dpo_choices, "kto": kto_choices}[recipe.stage]
+        return pair_choices() | own(recipe)
     fixed: dict[str, Any] = {
         "packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},

@@ -13,7 +13,7 @@ from gemma_tune.plan.choices_model import choose_precision
 from gemma_tune.plan.choices_trainer import optimizer_choice
 from gemma_tune.plan.machine import MACHINES, Machine
 from gemma_tune.plan.memory import estimate, total
-from gemma_tune.plan.stages import continues, written
+from gemma_tune.plan.stages import continues, least_micro, written
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Plan
 from gemma_tune.recipe.schema import Adapter, Recipe
@@ -63,8 +63,9 @@ def _changes(recipe: Recipe, shape: Shape, family: Family) -> Iterator[tuple[str
     """Changes that save memory, the harmless ones first: (as written in a recipe, section -> values)."""
     # What was saved decides about an adapter that is trained on.
     adapter = None if continues(recipe) else recipe.adapter
-    if recipe.batch.micro not in ("auto", 1):
-        yield "batch.micro: 1", {"batch": {"micro": 1}}
+    least = least_micro(recipe.stage)
+    if recipe.batch.micro not in ("auto", least):
+        yield f"batch.micro: {least}", {"batch": {"micro": least}}
     if recipe.memory.gradient_checkpointing is False:
         yield "memory.gradient_checkpointing: true", {"memory": {"gradient_checkpointing": True}}
     if adapter is not None and adapter.dora and written(recipe, "adapter.dropout").value:

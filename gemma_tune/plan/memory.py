@@ -15,6 +15,7 @@ from typing import Literal
 from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.gemma.shape import Layer, Parameters, Shape, count, layers_of
 from gemma_tune.plan.machine import GIB, MIB
+from gemma_tune.plan.stages import has_reference, sequences, unit
 from gemma_tune.plan.types import MemoryTerm
 
 # bitsandbytes quantises NF4 weights in blocks of 64 with one constant each; double quantisation quantises 256 of those
@@ -66,9 +67,9 @@ class Workload:
         attention: attention implementation.
         checkpointing: whether activations are recomputed.
         world_size: processes that train together.
-        stage: `sft`, or `reward` and `dpo`, where a row is a pair of two sequences.
-        frozen_rank, frozen_targets: of a second adapter that is not trained: DPO's reference, or what a new adapter
-            stands on; rank 0 where there is none.
+        stage: the recipe's; in `reward` and `dpo` a row is a pair of two sequences.
+        frozen_rank, frozen_targets: of a second adapter that is not trained: the reference of DPO and KTO, or what a
+            new adapter stands on; rank 0 where there is none.
     """
 
     device: Literal["cpu", "cuda"]
@@ -88,14 +89,14 @@ class Workload:
     attention: str
     checkpointing: bool
     world_size: int
-    stage: Literal["sft", "reward", "dpo"] = "sft"
+    stage: Literal["sft", "reward", "dpo", "kto"] = "sft"
     frozen_rank: int = 0
     frozen_targets: str = "all-linear"
 
     @property
     def sequences(self) -> int:
         """Sequences in one pass."""
-        return self.rows * (1 if self.stage == "sft" else 2)
+        return self.rows * sequences(self.stage)
 
     @property
     def tokens(self) -> int:
@@ -104,19 +105,20 @@ class Workload:
     @property
     def unit(self) -> str:
         """What a row is called."""
-        return "row" if self.stage == "sft" else "pair"
+        return unit(self.stage)
 
     @property
     def sequences_text(self) -> str:
         """How the sequences of a pass come about, for formulas."""
-        return str(self.rows) if self.stage == "sft" else f"{self.rows} pairs x 2"
+        return str(self.rows) if self.sequences == self.rows else f"{self.rows} pairs x 2"
 
 
 def estimate(shape: Shape, work: Workload) -> tuple[MemoryTerm, ...]:
     """The memory of one process at its peak, the backward pass of an optimizer step.
 
-    DPO's reference adds no term but its adapter: its forward pass keeps nothing and is over before the backward pass,
-    whose passing buffers are larger. Terms of 0 bytes are left out.
+    The reference of DPO and KTO adds no term but its adapter: its forward pass keeps nothing and is over before the
+    backward pass, whose passing buffers are larger. So it is with KTO's KL rows, as many and as long as the trained
+    ones, which go through policy and reference without a gradient. Terms of 0 bytes are left out.
     """
     parameters = count(shape)
     terms = [
@@ -187,7 +189,7 @@ def _training(parameters: Parameters, shape: Shape, work: Workload) -> list[Memo
         terms.append(_term("adapter", 4 * trained, f"r {work.rank} x {pairs:,} x 4 B: fp32"))
     if work.frozen_rank:
         pairs = parameters.lora_per_rank[work.frozen_targets]
-        why = "the reference, as the training began" if work.stage == "dpo" else "what the new adapter stands on"
+        why = "the reference, as the training began" if has_reference(work.stage) else "what the new adapter stands on"
         formula = f"r {work.frozen_rank} x {pairs:,} x 4 B: {why}; no gradient, no state"
         terms.append(_term("frozen adapter", 4 * work.frozen_rank * pairs, formula))
     terms.append(_term(f"gradients of the {what}", 4 * trained, f"{trained:,} x 4 B: fp32"))

@@ -10,7 +10,7 @@ from gemma_tune.plan.choices_batch import BUDGET, gib
 from gemma_tune.plan.choices_model import BYTES, Precision
 from gemma_tune.plan.machine import Machine
 from gemma_tune.plan.memory import total
-from gemma_tune.plan.stages import CONFIGS, continues
+from gemma_tune.plan.stages import CONFIGS, continues, has_reference, least_micro
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import MemoryTerm
 from gemma_tune.recipe.schema import Recipe
@@ -79,7 +79,7 @@ def _adapter(recipe: Recipe, start: Start | None) -> Iterator[str]:
 
 
 def _reference(recipe: Recipe) -> Iterator[str]:
-    if recipe.stage == "dpo":
+    if has_reference(recipe.stage):
         begun = recipe.model.adapter
         who = f"the adapter in {begun} as it is now, frozen" if begun else "the base with the new adapter switched off"
         yield f"The reference is {who}: no second model is loaded."
@@ -117,7 +117,7 @@ def _towers(recipe: Recipe, parameters: Parameters, precision: Precision) -> Ite
 def _devices(recipe: Recipe, machine: Machine, processes: int) -> Iterator[str]:
     if machine.gpus <= processes:
         return
-    micro = 1 if recipe.batch.micro == "auto" else recipe.batch.micro
+    micro = least_micro(recipe.stage) if recipe.batch.micro == "auto" else recipe.batch.micro
     idle = f"{processes} of {machine.gpus} GPUs will work"
     if recipe.batch.size % (micro * machine.gpus):
         yield f"{idle}: batch.size {recipe.batch.size} cannot be split over all of them."

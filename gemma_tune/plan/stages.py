@@ -7,7 +7,7 @@ from typing import Any
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
 
-CONFIGS = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}
+CONFIGS = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig", "kto": "KTOConfig"}
 """Stage -> the configuration of TRL that the plan's trainer section holds the keywords of."""
 
 _DEFAULTS: dict[str, dict[str, Choice]] = {
@@ -20,13 +20,37 @@ _DEFAULTS: dict[str, dict[str, Choice]] = {
         "optim.learning_rate": Choice(5e-6, "dpo: 5e-6, as alignment-handbook/zephyr-7b-dpo-qlora"),
         "adapter.dropout": Choice(0.0, "dpo: the log-ratio against the reference is exact only without dropout"),
     },
+    "kto": {
+        "optim.learning_rate": Choice(5e-6, "kto: 5e-6, as in dpo, whose settings trl's script for KTO recommends"),
+        "adapter.dropout": Choice(0.0, "kto: the log-ratio against the reference is exact only without dropout"),
+    },
 }
 """Keys whose default is another one in a stage than in the schema, which has that of `sft`."""
 
 
-def has_pairs(recipe: Recipe) -> bool:
-    """Whether a training row is a pair of answers: two sequences instead of one."""
+def has_answers(recipe: Recipe) -> bool:
+    """Whether a training row is a prompt with a judged answer or a pair of answers: such rows are not packed."""
     return recipe.stage != "sft"
+
+
+def sequences(stage: str) -> int:
+    """Sequences in a training row: two where it is a pair."""
+    return 2 if stage in ("reward", "dpo") else 1
+
+
+def unit(stage: str) -> str:
+    """What a training row is called."""
+    return {"sft": "row", "kto": "answer"}.get(stage, "pair")
+
+
+def has_reference(stage: str) -> bool:
+    """Whether the loss compares the model with what it was at the start."""
+    return stage in ("dpo", "kto")
+
+
+def least_micro(stage: str) -> int:
+    """Rows in a pass at least: KTO takes answers to other prompts from the same pass."""
+    return 2 if stage == "kto" else 1
 
 
 def continues(recipe: Recipe) -> bool:

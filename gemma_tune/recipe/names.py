@@ -143,6 +143,8 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "loss_weights": ("dpo.sft_weight", "the weight of the usual loss beside the preference loss"),
     "precompute_ref_log_probs": ("dpo.precompute_reference", ""),
     "precompute_ref_batch_size": ("batch.micro", "the reference takes the same"),
+    "kto_chosen_weight": ("kto.desirable_weight", ""),
+    "kto_rejected_weight": ("kto.undesirable_weight", ""),
     "center_rewards_coefficient": ("reward.center", ""),
     "max_prompt_length": ("data.max_length", "prompt and answer together; an answer is never cut"),
     "max_completion_length": ("data.max_length", "prompt and answer together; an answer is never cut"),
@@ -150,8 +152,8 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "adapter_name_or_path": ("model.adapter", "a run or adapter folder to begin with"),
     "adapter_path": ("model.adapter", "a run or adapter folder to begin with"),
     "lora_model_dir": ("model.adapter", "a run or adapter folder to begin with"),
-    "rlhf_type": ("stage", "`reward` or `dpo`"),
-    "rl": ("stage", "`reward` or `dpo`"),
+    "rlhf_type": ("stage", "`reward`, `dpo` or `kto`"),
+    "rl": ("stage", "`reward`, `dpo` or `kto`"),
     # Sections of other tools
     "lora": ("adapter", ""),
     "peft": ("adapter", ""),
@@ -276,6 +278,14 @@ _OWNED_OF_STAGE: dict[str, dict[str, str]] = {
         "padding_free": "data",
         "beta": "dpo.beta",
         "label_smoothing": "dpo.label_smoothing",
+    },
+    "kto": {
+        "beta": "kto.beta",
+        "desirable_weight": "kto.desirable_weight",
+        "undesirable_weight": "kto.undesirable_weight",
+        "loss_type": "stage",
+        "precompute_ref_log_probs": "stage",
+        "precompute_ref_batch_size": "batch.micro",
     },
 }
 

@@ -104,6 +104,20 @@ def _holdout(recipe: Recipe, place: Place) -> Iterator[Clash]:
         )
 
 
+def _kto_batch(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    """KTO compares an answer with answers to other prompts of the same pass."""
+    if recipe.stage != "kto":
+        return
+    for key, value in (("size", recipe.batch.size), ("micro", recipe.batch.micro)):
+        if value == 1:
+            yield Clash(
+                (f"batch.{key}", "stage"),
+                f"batch.{key}: 1 ({place(f'batch.{key}')}), but stage: kto ({place('stage')}) compares each answer "
+                "with answers to other prompts of the same pass",
+                f"set batch.{key} to 2 or more",
+            )
+
+
 def _betas(recipe: Recipe, place: Place) -> Iterator[Clash]:
     for key in ("beta1", "beta2"):
         if getattr(recipe.optim, key) == 1:
@@ -130,7 +144,7 @@ def _trainer(recipe: Recipe, place: Place) -> Iterator[Clash]:
 def _other_stage(recipe: Recipe, place: Place) -> Iterator[Clash]:
     """Sections and keys that another stage would read, and this one would not."""
     stage = f"stage: {recipe.stage} ({place('stage')})"
-    for section in ("reward", "dpo"):
+    for section in ("reward", "dpo", "kto"):
         if section in recipe.model_fields_set and recipe.stage != section:
             yield Clash(
                 (section, "stage"),
@@ -139,15 +153,16 @@ def _other_stage(recipe: Recipe, place: Place) -> Iterator[Clash]:
             )
     if recipe.stage == "sft":
         return
+    rows = "single answers" if recipe.stage == "kto" else "pairs"
     if recipe.data.packing and "packing" in recipe.data.model_fields_set:
         yield Clash(
             ("data.packing", "stage"),
-            f"data.packing: true ({place('data.packing')}), but {stage} has pairs, which are not packed",
+            f"data.packing: true ({place('data.packing')}), but {stage} has {rows}, which are not packed",
             "remove data.packing",
         )
     for key in ("train_on", "shuffle_buffer"):
         if key in recipe.data.model_fields_set:
-            why = "trains on the answers of pairs" if key == "train_on" else "reads no streams"
+            why = "trains on the answers" if key == "train_on" else "reads no streams"
             yield Clash(
                 (f"data.{key}", "stage"),
                 f"data.{key} ({place(f'data.{key}')}) is for stage: sft, but {stage} {why}",
@@ -175,6 +190,7 @@ def _pairs_adapter(recipe: Recipe, place: Place) -> Iterator[Clash]:
         why = {
             "reward": "a reward model is an adapter and a small head, so that it can share its base",
             "dpo": "the reference is the base with the adapter switched off, never a second model",
+            "kto": "the reference is the base with the adapter switched off, never a second model",
         }
         yield Clash(
             ("adapter", "stage"),
@@ -185,7 +201,7 @@ def _pairs_adapter(recipe: Recipe, place: Place) -> Iterator[Clash]:
         yield Clash(
             ("adapter.dropout", "stage"),
             f"adapter.dropout: {recipe.adapter.dropout:g} ({place('adapter.dropout')}), but {stage} trains without "
-            "dropout: both answers of a pair must be seen by the same network",
+            "dropout: all answers must be seen by the same network",
             "remove adapter.dropout",
         )
 
@@ -267,6 +283,7 @@ _RULES = (
     _pairs_adapter,
     _saved_adapter,
     _dpo_loss,
+    _kto_batch,
 )
 
 _VARIABLE = re.compile(r"\$(\{\w+\}|[A-Z_][A-Z0-9_]*$)")

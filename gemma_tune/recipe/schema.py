@@ -88,8 +88,8 @@ class Adapter(Section):
 
 class Source(Section):
     name: str = Field(min_length=1)
-    """`ultrachat`, `ultrachat_original`, `english_quotes`, `ultrafeedback`, `hh_rlhf`, a hub id, a file (.jsonl .json
-    .parquet .csv), `sample:ultrachat_200k` (rows that come with gemma-tune), or `./mine.py:function`."""
+    """`ultrachat`, `ultrachat_original`, `english_quotes`, `ultrafeedback`, `hh_rlhf`, `kto_mix`, a hub id, a file
+    (.jsonl .json .parquet .csv), `sample:ultrachat_200k` (rows that come with gemma-tune), or `./mine.py:function`."""
     format: Literal[
         "auto",
         "messages",
@@ -106,7 +106,8 @@ class Source(Section):
         "messages_preference",
         "dialogue_preference",
     ] = "auto"
-    """Shape of a row. `auto` recognises it by its column names. The last five hold pairs of answers (reward, dpo)."""
+    """Shape of a row. `auto` recognises it by its column names. The last five hold pairs of answers (reward,
+    dpo, kto); for kto any of the first eight may have a column `label`, true where the last turn is a good answer."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: our column name -> the column in the file, e.g. `{messages: conversations}`."""
     subset: str | None = None
@@ -127,7 +128,7 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=16)] = 2048
     """Tokens in one training row, of a pair in its prompt with one answer; the only length in a recipe."""
     packing: bool = True
-    """Several conversations in one row, isolated from each other. Pairs (`reward`, `dpo`) are never packed."""
+    """Several conversations in one row, isolated from each other. Only for `stage: sft`: answers are never packed."""
     train_on: Literal["model_turns", "last_model_turn", "all"] = "model_turns"
     """Which tokens carry loss. The turn end after a trained turn is always trained. Only for `stage: sft`."""
     holdout: Annotated[Number, Field(ge=0)] = 0.01
@@ -184,11 +185,11 @@ class Optim(Section):
 
 class Batch(Section):
     size: Count = 16
-    """GLOBAL batch: training rows (in `reward` and `dpo`: pairs) an optimizer step, over all processes. Accumulation is
-    derived from it."""
+    """GLOBAL batch: training rows (in `reward` and `dpo`: pairs, in `kto`: answers) an optimizer step, over all
+    processes. Accumulation is derived from it."""
     micro: Count | Literal["auto"] = "auto"
-    """Rows in one forward pass of one process; a pair is one row of two sequences. `auto`: as many as the memory
-    estimate allows."""
+    """Rows in one forward pass of one process; a pair is one row of two sequences; `kto` needs two rows. `auto`: as
+    many as the memory estimate allows."""
 
 
 class Memory(Section):
@@ -236,8 +237,8 @@ class Tracking(Section):
 
 class Advanced(Section):
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Keywords handed verbatim to trl's SFTConfig, RewardConfig or DPOConfig. May not repeat what the recipe owns;
-    unchecked."""
+    """Keywords handed verbatim to trl's SFTConfig, RewardConfig, DPOConfig or KTOConfig. May not repeat what the recipe
+    owns; unchecked."""
 
 
 class Reward(Section):
@@ -269,17 +270,31 @@ class Dpo(Section):
     is trained more than once."""
 
 
+class Kto(Section):
+    """Only for `stage: kto` (arXiv 2402.01306)."""
+
+    beta: Annotated[Number, Field(gt=0)] = 0.1
+    """How much a departure from the reference costs."""
+    desirable_weight: Annotated[Number, Field(gt=0)] = 1.0
+    """Weight of the loss on good answers (the paper's lambda_D). With weight x number of either kind, good over bad
+    should lie between 1 and 4/3 (equation 8); a run says so where it does not."""
+    undesirable_weight: Annotated[Number, Field(gt=0)] = 1.0
+    """Weight of the loss on bad answers (lambda_U)."""
+
+
 class Recipe(Section):
     """A fine-tuning run, as its user wrote it."""
 
-    stage: Literal["sft", "reward", "dpo"] = "sft"
-    """Which algorithm runs: supervised fine-tuning, a reward model, or direct preference optimisation."""
+    stage: Literal["sft", "reward", "dpo", "kto"] = "sft"
+    """Which algorithm runs: supervised fine-tuning, a reward model, direct preference optimisation from pairs, or KTO
+    from single answers that are judged good or bad."""
     model: Model
     adapter: Adapter | None = Adapter()
     """LoRA; `adapter: null` trains all weights (then model.quantization must be none)."""
     data: Data
     reward: Reward = Reward()
     dpo: Dpo = Dpo()
+    kto: Kto = Kto()
     optim: Optim = Optim()
     batch: Batch = Batch()
     memory: Memory = Memory()

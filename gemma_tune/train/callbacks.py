@@ -133,7 +133,7 @@ def metrics_line(logs: Mapping[str, Any]) -> dict[str, Any]:
 
 _SHOWN = {
     "eval_token_accuracy": "token accuracy",
-    "eval_accuracy": "accuracy of pairs",
+    "eval_accuracy": "accuracy",
     "eval_margin": "margin",
     "eval_chosen_logps": "log p of chosen answers",
 }

@@ -41,6 +41,39 @@ def reference_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[
     return chosen, rejected
 
 
+def drop_copy_of_trl(model: Any) -> None:
+    """Remove the reference that TRL's `__init__` makes of a PeftModel: a copy of its adapter, named "ref".
+
+    For a new adapter that is the plain base at the price of an adapter, and the switches that TRL uses for it undo what
+    is frozen (models/roles.py).
+    """
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+
+
+# --- judged answers
+
+
+def sequences_of(batch: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    """The sequences of a batch of `JudgedCollator`, or its KL rows (`KL_`), as `answer_log_probs` reads them."""
+    return {name: batch[prefix + name] for name in ("input_ids", "attention_mask", "completion_mask")}
+
+
+def judged_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of the answers [B] and of the KL rows [B], for which a batch without any has one 0. fp32, no gradient."""
+    with torch.no_grad():
+        answers = answer_log_probs(model, sequences_of(batch))
+        if "KL_input_ids" not in batch:
+            return answers, answers.new_zeros(1)
+        return answers, answer_log_probs(model, sequences_of(batch, "KL_"))
+
+
+def judged_reference(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`judged_log_probs` of the reference."""
+    with speaking_as(model, reference_adapters(model)):
+        return judged_log_probs(model, batch)
+
+
 # --- scores that are taken once
 
 

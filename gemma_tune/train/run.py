@@ -23,6 +23,7 @@ from gemma_tune.models.load import check_vocabulary, load_base
 from gemma_tune.models.lora import attach, begin_with
 from gemma_tune.models.reference import ModelSource, resolve
 from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
+from gemma_tune.plan.stages import least_micro
 from gemma_tune.plan.starts import adapter_folder
 from gemma_tune.plan.types import Plan
 from gemma_tune.train import checkpoint, provenance
@@ -488,5 +489,6 @@ def memory_errors(plan: Plan) -> Iterator[None]:
         raise TrainingError(
             f"out of memory with batch.micro {micro} and data.max_length {length}",
             where=str(exc).splitlines()[0][:200] if str(exc) else "",
-            fix="set batch.micro: 1 (batch.size stays), memory.gradient_checkpointing: true, or lower data.max_length",
+            fix=f"set batch.micro: {least_micro(plan.stage)} (batch.size stays), memory.gradient_checkpointing: true, "
+            "or lower data.max_length",
         ) from exc

@@ -37,6 +37,7 @@ PLANS = {
     "dpo in two epochs": {"stage": "dpo", "optim.epochs": 2, "dpo.sft_weight": 0.5},
     "cdpo": {"stage": "dpo", "dpo.label_smoothing": 0.1},
     "robust": {"stage": "dpo", "dpo.loss": "robust", "dpo.label_smoothing": 0.1},
+    "kto": {"stage": "kto", "model.adapter": "runs/sft", "kto.desirable_weight": 1.2},
     "stacked": {"stage": "dpo", "model.adapter": "runs/sft", "model.adapter_mode": "stack"},
 }
 
@@ -143,10 +144,11 @@ def test_bitsandbytes_config(changes):
 @pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS)
 def test_data_keywords(changes):
     from gemma_tune.data.build import build
+    from gemma_tune.data.judged import build_judged
     from gemma_tune.data.pairs import build_pairs
 
     plan = plan_for(changes)
-    function = build if plan.stage == "sft" else build_pairs
+    function = {"sft": build, "kto": build_judged}.get(plan.stage, build_pairs)
     keywords = {
         name
         for name, parameter in inspect.signature(function).parameters.items()

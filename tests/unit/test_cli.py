@@ -59,6 +59,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException | Callable[[],
         ("sft r.yaml", ("train", "sft", "r.yaml", [], "never")),
         ("reward r.yaml a.b=c", ("train", "reward", "r.yaml", ["a.b=c"], "never")),
         ("dpo r.yaml --resume must", ("train", "dpo", "r.yaml", [], "must")),
+        ("kto r.yaml kto.beta=1", ("train", "kto", "r.yaml", ["kto.beta=1"], "never")),
         ("sft r.yaml --resume auto", ("train", "sft", "r.yaml", [], "auto")),
         ("sft --resume=must r.yaml a.b=c", ("train", "sft", "r.yaml", ["a.b=c"], "must")),
         ("sft r.yaml a.b=c --d.e f --g.h=i", ("train", "sft", "r.yaml", ["a.b=c", "--d.e", "f", "--g.h=i"], "never")),
@@ -225,7 +226,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
-    for command in ("sft", "reward", "dpo", "check", "show", "doctor", "chat", "recipes"):
+    for command in ("sft", "reward", "dpo", "kto", "check", "show", "doctor", "chat", "recipes"):
         assert f"\n  {command}" in text
     assert "..." not in text.partition("Commands:")[2].partition("\n\n")[0], "a command's summary is cut"
 

@@ -210,6 +210,35 @@ def test_pairs_for_people(run: Callable[..., Shown], stage: str, chosen: str) ->
     assert "2 training pairs, 0 held out" in out and "pair 2: " in out
 
 
+JUDGED: list[Any] = [
+    {"prompt": "Who?", "completion": "I did.", "label": True},
+    {"prompt": "Why?", "completion": "So.", "label": False},
+    {"prompt": "Why?", "completion": "So.", "label": False},
+]
+
+
+@pytest.mark.parametrize("family", ["gemma1", "gemma3_text", "gemma4"])
+def test_json_of_judged_answers(run: Callable[..., Shown], family: str) -> None:
+    first, second = run(JUDGED, "stage=kto", family=family).rows
+    facts = FAMILIES[family]
+    assert first["prompt"] == f"<bos>{facts.turn_start}user\nWho?{facts.turn_end}\n{facts.turn_start}model\n"
+    assert first["completion"] == f"I did.{facts.turn_end}" and first["completion_ids"][-1] == facts.turn_end_id
+    assert (first["label"], second["label"]) == (True, False)
+    assert [row["where"].rsplit(":", 1)[1] for row in (first, second)] == ["1", "2"]
+    pair = run(PAIRS[:1], "stage=kto", family=family).rows
+    assert [(row["completion"].partition(".")[0], row["label"]) for row in pair] == [
+        ("I did", True),
+        ("Nobody at all", False),
+    ]
+
+
+def test_judged_answers_for_people(run: Callable[..., Shown]) -> None:
+    out = run(JUDGED, "stage=kto", "data.shuffle=false", "data.holdout=0", as_json=False).out
+    assert "answer 1, good: prompt " in out and "answer 2, bad: prompt " in out
+    assert "⟦I did.<end_of_turn>⟧" in out and "⟦<bos>" not in out
+    assert "2 training answers: 1 good, 1 bad; 0 held out" in out and "1 dropped: repetition" in out
+
+
 def test_a_set_of_pairs_of_which_nothing_is_left(run: Callable[..., Shown]) -> None:
     with pytest.raises(UserError, match="no row is left to train on"):
         run(PAIRS[2:], "stage=dpo")

@@ -1,4 +1,4 @@
-"""What `gemma-tune sft`, `reward` and `dpo` print at their end, and that each takes recipes of its stage only."""
+"""What `gemma-tune sft`, `reward`, `dpo` and `kto` print at their end; each takes recipes of its stage only."""
 
 from __future__ import annotations
 
@@ -112,7 +112,22 @@ def test_dpo_says_how_far_it_went(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+KTO: dict[str, Any] = {
+    "base": {"loss": 0.5, "accuracy": 0.0, "good_reward": 0.0, "bad_reward": 0.0, "kl": 0.0, "rows": 40},
+    "tuned": {"loss": 0.41, "accuracy": 0.825, "good_reward": 0.5, "bad_reward": -0.25, "kl": 1.234, "rows": 40},
+    **COST,
+}
+
+
+def test_kto_says_on_which_side_the_answers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = printed(monkeypatch, KTO, "kto").splitlines()
+    assert first == "held-out loss: 0.5000 -> 0.4100, 82.5% of 40 answers on their side of the KL point"
+    assert second == "rewards of the answers: good +0.500, bad -0.250; KL point 1.23 nats"
+    only_good = KTO["tuned"] | {"bad_reward": None}
+    assert "answers: good +0.500; KL" in printed(monkeypatch, KTO | {"tuned": only_good}, "kto")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
 def test_without_held_out_pairs_only_the_cost_is_told(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     lines = printed(monkeypatch, COST | {"base": {}, "tuned": {}}, stage).splitlines()
     assert len(lines) == 2 and lines[0].startswith("12 steps")
@@ -125,7 +140,7 @@ def test_a_length_that_does_not_vary_has_no_correlation(monkeypatch: pytest.Monk
     assert "answer: -0.10" in printed(monkeypatch, REWARD | {"base": base}, "reward")
 
 
-@pytest.mark.parametrize(("command", "stage"), [("sft", "dpo"), ("reward", "sft"), ("dpo", "reward")])
+@pytest.mark.parametrize(("command", "stage"), [("sft", "dpo"), ("reward", "sft"), ("dpo", "kto"), ("kto", "reward")])
 def test_a_recipe_of_another_stage_names_its_command(command: str, stage: str, tmp_path: Path) -> None:
     recipe = tmp_path / "my recipe.yaml"
     lines = [

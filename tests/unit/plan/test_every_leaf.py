@@ -56,6 +56,9 @@ FLIPS: dict[str, Any] = {
     "dpo.label_smoothing": 0.1,
     "dpo.sft_weight": 1.0,
     "dpo.precompute_reference": True,
+    "kto.beta": 0.01,
+    "kto.desirable_weight": 1.3,
+    "kto.undesirable_weight": 0.8,
     "data.sources.name": "mine.jsonl",
     "data.sources.format": "messages",
     "data.sources.columns": {"messages": "turns"},
@@ -90,7 +93,7 @@ FLIPS: dict[str, Any] = {
     "optim.beta2": 0.95,
     "optim.epsilon": 1e-6,
     "batch.size": 32,
-    "batch.micro": 1,
+    "batch.micro": 16,
     "memory.gradient_checkpointing": True,
     "evaluation.every": 10,
     "evaluation.max_rows": 10,
@@ -153,9 +156,12 @@ def test_the_table_covers_every_leaf_and_nothing_else():
 def read_in(stage: str) -> list[str]:
     """The leaves that this stage reads."""
     unread = {
-        "sft": lambda leaf: leaf.startswith(("reward.", "dpo.")),
-        "reward": lambda leaf: leaf.startswith("dpo.") or leaf in ONLY_SFT | NOT_REWARD | {"model.adapter_mode"},
-        "dpo": lambda leaf: leaf.startswith("reward.") or leaf in ONLY_SFT,
+        "sft": lambda leaf: leaf.startswith(("reward.", "dpo.", "kto.")),
+        "reward": lambda leaf: (
+            leaf.startswith(("dpo.", "kto.")) or leaf in ONLY_SFT | NOT_REWARD | {"model.adapter_mode"}
+        ),
+        "dpo": lambda leaf: leaf.startswith(("reward.", "kto.")) or leaf in ONLY_SFT,
+        "kto": lambda leaf: leaf.startswith(("reward.", "dpo.")) or leaf in ONLY_SFT,
     }
     return [leaf for leaf in FLIPS if not unread[stage](leaf)]
 

@@ -1,4 +1,4 @@
-"""Plans of reward models and of DPO: defaults of a stage, pairs, the adapter to begin with, the reference."""
+"""Plans of reward models, of DPO and of KTO: defaults of a stage, pairs, the adapter to begin with, the reference."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ STACKED = BEGUN | {"model.adapter_mode": "stack"}
 # --- defaults of a stage
 
 
-@pytest.mark.parametrize(("stage", "rate"), [("sft", 2e-4), ("reward", 1e-4), ("dpo", 5e-6)])
+@pytest.mark.parametrize(("stage", "rate"), [("sft", 2e-4), ("reward", 1e-4), ("dpo", 5e-6), ("kto", 5e-6)])
 def test_each_stage_has_its_learning_rate(stage: str, rate: float) -> None:
     chosen = plan_for({"stage": stage}).trainer["learning_rate"]
     assert chosen.value == rate
     assert chosen.reason.startswith("default" if stage == "sft" else f"{stage}: ")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
 def test_what_was_written_wins_even_where_it_is_the_schemas_default(stage: str) -> None:
     chosen = plan_for({"stage": stage, "optim.learning_rate": 2e-4}).trainer["learning_rate"]
     assert (chosen.value, chosen.reason) == (2e-4, "recipe")
 
 
-def test_pairs_are_trained_without_dropout() -> None:
-    for stage in ("reward", "dpo"):
+def test_answers_are_trained_without_dropout() -> None:
+    for stage in ("reward", "dpo", "kto"):
         plan = plan_for({"stage": stage})
         assert plan.values("lora")["lora_dropout"] == 0 and plan.values("trainer")["disable_dropout"] is True
     assert plan_for().values("lora")["lora_dropout"] == 0.05
@@ -57,8 +57,8 @@ def test_a_reward_model_answers_nothing() -> None:
 # --- what reaches TRL and the data
 
 
-def test_nothing_of_sft_reaches_the_trainers_of_pairs() -> None:
-    for stage in ("reward", "dpo"):
+def test_nothing_of_sft_reaches_the_trainers_of_answers() -> None:
+    for stage in ("reward", "dpo", "kto"):
         plan = plan_for({"stage": stage})
         assert not {"packing", "dataset_kwargs", "label_names"} & plan.trainer.keys()
         assert not {"packing", "train_on", "streaming", "shuffle_buffer"} & plan.data.keys()
@@ -172,6 +172,7 @@ def test_a_continued_dora_on_int8_is_refused_on_a_cpu() -> None:
     [
         ({"stage": "dpo"}, "The reference is the base with the new adapter switched off"),
         (BEGUN, "The reference is the adapter in runs/sft as it is now"),
+        (BEGUN | {"stage": "kto"}, "The reference is the adapter in runs/sft as it is now"),
         ({"stage": "reward", "data.holdout": 0}, "there will be no held-out figures"),
         ({"stage": "reward", "advanced.trainer": {"neftune_noise_alpha": 5}}, "go to RewardConfig as they are"),
     ],
@@ -193,6 +194,7 @@ def test_idle_gpus_are_put_to_the_same_command() -> None:
         ("dpo", "ld_alpha"),
         ("dpo", "use_weighting"),
         ("dpo", "pad_to_multiple_of"),
+        ("kto", "ref_model_sync_steps"),
     ],
 )
 def test_what_is_fixed_in_a_stage(stage: str, keyword: str) -> None:
@@ -200,7 +202,7 @@ def test_what_is_fixed_in_a_stage(stage: str, keyword: str) -> None:
         plan_for({"stage": stage, "advanced.trainer": {keyword: 1}})
 
 
-@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize("stage", ["reward", "dpo", "kto"])
 def test_no_keyword_of_the_plan_can_be_overridden_unless_it_is_free(stage: str) -> None:
     free = {"dataloader_num_workers", "dataloader_pin_memory", "ddp_find_unused_parameters", "logging_first_step"}
     for keyword in set(plan_for({"stage": stage}).trainer) - free:
@@ -247,6 +249,7 @@ def test_a_reward_model_scores_no_vocabulary() -> None:
         (BEGUN | {"stage": "sft"}, 0),  # trained on, and nothing compares with it
         (STACKED | {"stage": "sft"}, 4),
         (BEGUN | {"stage": "reward"}, 0),
+        (BEGUN | {"stage": "kto"}, 4),
     ],
 )
 def test_which_plans_hold_a_frozen_adapter(changes: dict[str, Any], frozen: int) -> None:
@@ -254,7 +257,7 @@ def test_which_plans_hold_a_frozen_adapter(changes: dict[str, Any], frozen: int)
     per_rank = count(PUBLISHED["google/gemma-3-1b-it"]).lora_per_rank["attention"]
     assert (found["frozen adapter"].bytes if "frozen adapter" in found else 0) == frozen * per_rank * 4
     if frozen:
-        why = "the reference" if changes["stage"] == "dpo" else "the new adapter stands on"
+        why = "the reference" if changes["stage"] in ("dpo", "kto") else "the new adapter stands on"
         assert why in found["frozen adapter"].formula
 
 
@@ -290,3 +293,39 @@ def test_a_dpo_of_the_7b_fits_a_24_gb_gpu() -> None:
     plan = plan_for({"stage": "dpo", "model.name": "google/gemma-7b-it"}, "rtx4090")
     assert plan.refusal == "" and total(plan.memory) < 24 * GIB
     assert math.isclose(plan.values("trainer")["learning_rate"], 5e-6)
+
+
+# --- KTO
+
+
+def test_the_loss_of_kto() -> None:
+    values = plan_for({"stage": "kto", "kto.beta": 0.05, "kto.undesirable_weight": 0.8}).values("trainer")
+    assert (values["loss_type"], values["beta"]) == ("kto", 0.05)
+    assert (values["desirable_weight"], values["undesirable_weight"]) == (1.0, 0.8)
+    assert values["train_sampling_strategy"] == "sequential" and values["precompute_ref_log_probs"] is False
+    in_order = plan_for({"stage": "kto", "data.shuffle": False}).values("trainer")
+    assert in_order["train_sampling_strategy"] == "sequential", "trl refuses all others"
+
+
+def test_a_pass_of_kto_has_two_answers_at_least() -> None:
+    small = replace(MACHINES["rtx4090"], memory_bytes=2 * GIB)
+    plan = plan_for({"stage": "kto", "data.max_length": 4096}, small)
+    assert plan.values("trainer")["per_device_train_batch_size"] == 2 and plan.refusal
+    assert "batch.micro" not in plan.refusal
+    assert "batch.micro: 2 (" in plan_for({"stage": "kto", "batch.micro": 16, "data.max_length": 8192}, "t4").refusal
+    with pytest.raises(UserError, match=r"batch\.size 5 cannot be split: 1 process x micro 2") as caught:
+        plan_for({"stage": "kto", "batch.size": 5})
+    assert str(caught.value).endswith("fix: set batch.size: 6")
+
+
+def test_an_answer_is_one_sequence_and_kl_rows_keep_nothing() -> None:
+    work = replace(QLORA, stage="kto", rows=4, length=1024)
+    assert terms(work) == terms(replace(QLORA, rows=4, length=1024))
+    assert (work.unit, work.sequences) == ("answer", 4)
+    reason = plan_for({"stage": "kto", "batch.size": 2}, "h100").trainer["per_device_train_batch_size"].reason
+    assert "that divides 2 answers a process" in reason
+
+
+def test_answers_have_no_margin() -> None:
+    assert "margins" not in plan_for({"stage": "kto"}).data
+    assert plan_for({"stage": "kto"}).data["batch"].reason.startswith("batch.size: answers of like length")

@@ -255,7 +255,7 @@ def test_nearest_keeps_quiet_when_nothing_is_near() -> None:
         ("optim:\n", "optim: is empty\n  fix: remove the line `optim:`"),
         ("adapter:\n", "adapter: is empty\n  fix: remove the line for LoRA's defaults, or write `adapter: null`"),
         ("adapter: false\n", "adapter: needs a section (`key: value` lines), or null, got false"),
-        ("stage: dpx\n", "stage: needs one of 'sft', 'reward' or 'dpo', got the text 'dpx'\n  fix: write dpo"),
+        ("stage: dpx\n", "stage: needs one of 'sft', 'reward', 'dpo' or 'kto', got the text 'dpx'\n  fix: write dpo"),
         ("advanced: {trainer: {x: .inf}}\n", "advanced.trainer.x: .inf is not a finite number"),
         ("advanced: {trainer: [1]}\n", "advanced.trainer: needs a section"),
     ],

@@ -131,6 +131,29 @@ def findings(*arguments: str, **changes: str) -> list[str]:
             {"more": "advanced: {trainer: {precompute_ref_log_probs: true}}\n"},
             "repeats what dpo.precompute_reference",
         ),
+        ("dpo", {"more": "kto: {beta: 0.1}\n"}, "r.yaml:5: kto (line 5) is a section of stage: kto"),
+        ("kto", {"data": ", packing: true"}, "but stage: kto (line 1) has single answers, which are not packed"),
+        (
+            "kto",
+            {"more": "adapter: null\n", "model": ", quantization: none"},
+            "stage: kto (line 1) needs an adapter",
+        ),
+        (
+            "kto",
+            {"more": "batch: {size: 8, micro: 1}\n"},
+            "batch.micro: 1 (line 5), but stage: kto (line 1) compares each answer with answers to other prompts",
+        ),
+        ("kto", {"more": "batch: {size: 1}\n"}, "set batch.size to 2 or more"),
+        (
+            "kto",
+            {"more": "advanced: {trainer: {undesirable_weight: 2}}\n"},
+            "repeats what kto.undesirable_weight (default) decides",
+        ),
+        (
+            "kto",
+            {"more": "advanced: {trainer: {loss_type: kto}}\n"},
+            "repeats what stage (line 1) decides",
+        ),
     ],
 )
 def test_what_contradicts_the_stage(stage: str, changes: dict[str, str], said: str) -> None:
@@ -150,6 +173,8 @@ def test_what_contradicts_the_stage(stage: str, changes: dict[str, str], said: s
         ("dpo", {"more": "dpo: {loss: robust, label_smoothing: 0.1, sft_weight: 1, precompute_reference: true}\n"}),
         ("dpo", {"more": "samples: {prompts: [Hello]}\n"}),
         ("reward", {"more": "reward: {margin: score, center: 0}\n"}),
+        ("kto", {"more": "kto: {beta: 0.05, desirable_weight: 1.33}\nbatch: {size: 8, micro: 2}\n"}),
+        ("kto", {"model": ", adapter: runs/y, adapter_mode: stack", "more": "adapter: {r: 8}\n"}),
         ("sft", {"more": "advanced: {trainer: {loss_type: dft}}\n"}),
     ],
 )
@@ -160,10 +185,11 @@ def test_what_goes_together(stage: str, changes: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ("beta: 0.1\n", "it belongs under dpo\n  fix: write it as dpo.beta"),
+        ("beta: 0.1\n", "it belongs under dpo or kto\n  fix: write it as dpo.beta or kto.beta"),
         ("label_smoothing: 0.1\n", "write it as dpo.label_smoothing"),
         ("loss_type: ipo\n", "it is called dpo.loss here"),
         ("rpo_alpha: 1\n", "it is called dpo.sft_weight here"),
+        ("kto_chosen_weight: 1.2\n", "it is called kto.desirable_weight here"),
         ("center_rewards_coefficient: 0.01\n", "it is called reward.center here"),
         ("precompute_ref_log_probs: true\n", "it is called dpo.precompute_reference here"),
         ("max_prompt_length: 512\n", "use data.max_length (prompt and answer together; an answer is never cut)"),
