@@ -34,10 +34,12 @@ class Prepared(Generic[E]):
 
     Attributes:
         train: rows of `input_ids`, `labels` (-100 carries no loss) and, where packed, `position_ids`. Of pairs: rows of
-            `prompt_ids`, `chosen_ids`, `rejected_ids` and, where wanted, `margin`.
-        held_out: rows of `input_ids` and `labels`, one a conversation; several for a text that was split. Of pairs:
-            rows as in `train`.
-        held_out_examples: the conversations and texts, or the pairs, of `held_out`, each once, in its order.
+            `prompt_ids`, `chosen_ids`, `rejected_ids` and, where wanted, `margin`. Of judged answers: rows of
+            `prompt_ids`, `completion_ids` and `label`.
+        held_out: rows of `input_ids` and `labels`, one a conversation; several for a text that was split. Of pairs
+            and judged answers: rows as in `train`.
+        held_out_examples: the conversations and texts, the pairs or the judged answers of `held_out`, each once, in its
+            order.
         report: what was read, repaired, dropped.
         fingerprint: sha256 over the settings, the contents and the tokens. Of a stream: over its settings and its
             held-out rows only.

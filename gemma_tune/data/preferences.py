@@ -129,6 +129,12 @@ def _no_pair(row: Row, filled: Collection[str], missing: list[str]) -> RowError:
                 fix="name the answers in data.sources.columns: {chosen: ..., rejected: ...}",
                 kind="no pair",
             )
+        if "label" in filled:
+            return RowError(
+                f"the rows hold no pairs but single answers with a 'label'; columns found: {listed(row)}",
+                fix="set stage: kto, or name a set with two answers to a prompt, such as ultrafeedback",
+                kind="no pair",
+            )
         return RowError(
             f"the rows hold no pairs: this is a set for sft ({shape}); columns found: {listed(row)}",
             fix="set stage: sft, or name a set with two answers to a prompt, such as ultrafeedback",

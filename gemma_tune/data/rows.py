@@ -63,9 +63,10 @@ def detect_format(columns: Collection[str]) -> str:
 def _holds_pairs(columns: Collection[str]) -> RowError:
     answer = "completion" if "prompt" in columns else "messages"
     return RowError(
-        f"the rows hold pairs of answers (chosen, rejected): this is a set for reward and dpo; "
+        f"the rows hold pairs of answers (chosen, rejected): this is a set for reward, dpo and kto; "
         f"columns found: {listed(columns)}",
-        fix=f"set stage: dpo or reward, or train on the better answers: data.sources.columns: {{{answer}: chosen}}",
+        fix="set stage: dpo, reward or kto, or train on the better answers: "
+        f"data.sources.columns: {{{answer}: chosen}}",
         kind="pairs of answers",
     )
 

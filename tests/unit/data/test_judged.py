@@ -19,7 +19,7 @@ from gemma_tune.data.spool import from_json, to_json
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.conversation import Judged, Message, Preference
 from gemma_tune.gemma.families import Family
-from tests.unit.data.toys import GEMMA1, GEMMA3, GEMMA4, ByteEncoder, decoded, write_jsonl
+from tests.unit.data.toys import GEMMA1, GEMMA3, GEMMA4, ByteEncoder, decoded, prepare_pairs, write_jsonl
 
 ASKED, SAID = Message("user", "q"), Message("model", "a")
 
@@ -193,6 +193,30 @@ def test_keys_and_the_spool_tell_judged_answers_apart() -> None:
     assert key_of(good) == key_of(Judged((ASKED,), Message("model", " a "), True))
     assert key_of(good) != key_of(Judged((ASKED,), SAID, False))
     assert group_of(good) != group_of(Judged((ASKED,), SAID, True))
+
+
+def test_what_a_function_builds_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    built = "from gemma_tune.gemma.conversation import *\nq, a = Message('user', 'q'), Message('model', 'a')\n"
+    path.write_text(built + "def rows():\n    yield Judged((q,), a, False)\n    yield Preference((q,), a, a)\n")
+    prepared = build_judged(GEMMA3, ByteEncoder(), sources=[{"name": f"{path}:rows"}], holdout=0)
+    assert texts(prepared) == [("a<end_of_turn>", False)]
+    for made, what in (
+        ("Judged((q,), a, 1)", "good is a number (1), not true or false"),
+        ("Judged((q,), q, True)", "completion is a 'user' turn, not an answer of the model"),
+        ("Judged((), a, True)", "a Judged's prompt is not a tuple with turns"),
+        ("Conversation((q, a))", "is a Conversation; this stage trains on judged answers"),
+    ):
+        path.write_text(built + f"def rows():\n    yield {made}\n")
+        with pytest.raises(UserError) as caught:
+            build_judged(GEMMA3, ByteEncoder(), sources=[{"name": f"{path}:rows"}], holdout=0)
+        assert what in str(caught.value)
+
+
+def test_the_other_stages_say_where_judged_answers_belong(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="single answers with a 'label'") as caught:
+        prepare_pairs([row()], tmp_path)
+    assert "set stage: kto" in str(caught.value)
 
 
 # --- order and KL rows

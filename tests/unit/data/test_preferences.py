@@ -354,7 +354,7 @@ def test_sft_says_that_the_rows_are_pairs(name: str) -> None:
     row, _ = LAYOUT_CASES[name]
     with pytest.raises(RowError, match="the rows hold pairs of answers") as caught:
         rows.normalise(row)
-    assert "stage: dpo or reward" in caught.value.fix
+    assert "stage: dpo, reward or kto" in caught.value.fix
 
 
 def test_sft_takes_the_messages_of_a_set_of_pairs_and_follows_its_own_advice() -> None:
