@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,8 @@ def begin_with(
         speak_as(adapted, [TRAINED])
     else:
         adapted = open_adapter(model, folder, name=REFERENCE)
+        frozen: Any = adapted.peft_config[REFERENCE]
+        frozen.target_modules = _as_pattern(frozen.target_modules)  # PEFT adds no list to the pattern of the new one
         adapted.add_adapter(TRAINED, LoraConfig(**lora))
         speak_as(adapted, [REFERENCE, TRAINED])
     for name, parameter in adapted.named_parameters():
@@ -126,6 +129,13 @@ def begin_with(
     active.revision = source.revision if _is_commit(source.revision) else None
     keep_fp32(adapted)
     return adapted
+
+
+def _as_pattern(modules: str | Collection[str]) -> str:
+    """Names of modules as the pattern that finds the same ones: each is a module's whole name, or the end of it."""
+    if isinstance(modules, str):
+        return modules
+    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(modules)))})"
 
 
 def _is_commit(revision: str | None) -> bool:

@@ -24,6 +24,17 @@ _UNSUPPORTED = {
     "alpha_pattern": "its scales differ from layer to layer",
 }
 """Keys of adapter_config.json that must be empty -> what it means where they are not."""
+_ALTER_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""What `init_lora_weights` begins with where PEFT changes the base's own weights before it puts the adapter on them."""
+_NOT_ADDED = {
+    "use_dora": "it is DoRA",
+    "use_rslora": "it is rsLoRA",
+    "layers_to_transform": "it is on some layers only (layers_to_transform)",
+    "exclude_modules": "it leaves out modules by name (exclude_modules)",
+    "target_parameters": "it is on parameters beside layers (target_parameters)",
+    "lora_bias": "it holds biases beside its updates (lora_bias)",
+}
+"""The same for an adapter that a new one will stand on: PEFT cannot write the sum of both as one adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +97,18 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
             raise _refused(f"{why} ({key})", where)
     if config.get("bias", "none") != "none":
         raise _refused("it holds biases beside its updates (bias)", where)
+    if str(config.get("init_lora_weights")).lower().startswith(_ALTER_THE_BASE):
+        raise _refused("its base was altered when it began (init_lora_weights)", where)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{WEIGHTS} is missing", where=where, fix="copy the adapter again, all of its files")
     start = _read(config, family, str(folder / ADAPTER_FILE))
-    if stack and (start.dora or start.rslora):
-        kind = "DoRA" if start.dora else "rsLoRA"
-        raise UserError(
-            f"it is {kind}, which cannot be added up with another adapter",
-            where=where,
-            fix="set model.adapter_mode: continue",
-        )
+    for key, why in _NOT_ADDED.items():
+        if stack and config.get(key) not in (None, False, []):
+            raise UserError(
+                f"{why}, which cannot be added up with another adapter",
+                where=where,
+                fix="set model.adapter_mode: continue",
+            )
     return start
 
 

@@ -137,6 +137,20 @@ def test_a_stack_is_saved_as_one_adapter_that_says_the_same(tiny: Tiny, tmp_path
     torch.testing.assert_close(logits(opened), together, atol=1e-4, rtol=0)
 
 
+def test_a_stack_on_an_adapter_whose_targets_are_a_list(tiny: Tiny, tmp_path: Path) -> None:
+    """Adapters of others often name their modules; PEFT adds up patterns, or lists, but not one to the other."""
+    from gemma_tune.models.lora import open_adapter
+
+    name, family = "gemma3_text", family_of_tiny("gemma3_text")
+    lora = lora_of(name) | {"target_modules": ["q_proj", "up_proj"]}
+    save_adapter(randomised(attach(base_of(tiny, name), lora, family), 6), tmp_path / "first", family)
+    stack = begin_with(base_of(tiny, name), tmp_path / "first", lora_of(name, 2), family, mode="stack")
+    together = logits(randomised(stack, 7))
+    save_adapter(stack, tmp_path / "second", family)
+    opened = open_adapter(base_of(tiny, name), tmp_path / "second")
+    torch.testing.assert_close(logits(opened), together, atol=1e-4, rtol=0)
+
+
 def test_speak_as_stays(two: tuple[Any, str]) -> None:
     model, _ = two
     speak_as(model, [])

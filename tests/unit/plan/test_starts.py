@@ -92,6 +92,7 @@ def test_a_local_base_is_the_same_however_it_is_written(tmp_path: Path, monkeypa
         ({"modules_to_save": ["embed_tokens"]}, "whole layers"),
         ({"rank_pattern": {"q_proj": 4}}, "ranks differ"),
         ({"alpha_pattern": {"q_proj": 4}}, "scales differ"),
+        ({"init_lora_weights": "pissa_niter_4"}, "its base was altered"),
         ({"r": "8"}, "of the wrong kind"),
         ({"r": True}, "of the wrong kind"),
         ({"r": 0}, "of the wrong kind"),
@@ -126,9 +127,20 @@ def test_missing_weights(tmp_path: Path) -> None:
         read_start(str(tmp_path), BASE, FAMILY)
 
 
-@pytest.mark.parametrize("kind", ["use_dora", "use_rslora"])
-def test_what_cannot_be_added_up(tmp_path: Path, kind: str) -> None:
-    folder = str(adapter(tmp_path, {kind: True}))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["up_proj"]},
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"lora_bias": True},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_added_up(tmp_path: Path, kind: dict[str, object]) -> None:
+    folder = str(adapter(tmp_path, kind))
     with pytest.raises(UserError, match="cannot be added up") as caught:
         read_start(folder, BASE, FAMILY, stack=True)
     assert caught.value.problems[0].fix == "set model.adapter_mode: continue"
