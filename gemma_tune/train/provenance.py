@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.console import masked
+from gemma_tune.plan.facts import ADAPTER_FILE
 
 _LIBRARIES = (
     "torch",
@@ -29,6 +30,8 @@ _SECRET_NAMES = re.compile(r"(TOKEN|API_KEY|SECRET|ACCESS_KEY|PASSWORD)$", re.IG
 _PASSWORD_IN_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 _SHORTEST_SECRET = 8
 _PROBED = 2**20
+_DECISIVE = ("config.json", ADAPTER_FILE, "*.safetensors")
+"""Files that decide what a model says. The same tensors are another adapter under another alpha."""
 
 
 def redact(text: str) -> str:
@@ -77,12 +80,12 @@ def _git(*words: str) -> str | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells one model folder from another: its config, and size, head and tail of each weight file.
+    """Tells one model or adapter folder from another: its config, and size, head and tail of each weight file.
 
     Reading all of a large checkpoint would take minutes; weights that were trained further differ everywhere.
     """
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+    for path in sorted(path for name in _DECISIVE for path in folder.glob(name)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:

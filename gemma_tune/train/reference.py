@@ -19,6 +19,7 @@ import torch
 from gemma_tune.data.tokens import IGNORED
 from gemma_tune.models.reference import cache_folder
 from gemma_tune.models.roles import reference_adapters, speaking_as
+from gemma_tune.train import provenance
 
 NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 
@@ -78,13 +79,11 @@ def judged_reference(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[tor
 
 
 def cache_key(identity: Mapping[str, Any]) -> str:
-    """sha256 of everything that decides about the scores: data, base, its types, and the adapter that is frozen."""
+    """sha256 of everything that decides about the scores: data, base, its types, the frozen adapter, the libraries."""
     decisive = ("family", "data.fingerprint", "adapter.start")
     kept = {
-        key: value
-        for key, value in identity.items()
-        if key in decisive or key.startswith(("model.", "quantization.", "versions."))
-    }
+        key: value for key, value in identity.items() if key in decisive or key.startswith(("model.", "quantization."))
+    } | {"versions": provenance.versions()}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -177,3 +177,12 @@ def test_the_fingerprint_of_a_model_folder_sees_config_and_weights(tmp_path: Pat
     second = provenance.fingerprint(tmp_path)
     (tmp_path / "config.json").write_text('{"x": 1}')
     assert len({first, second, provenance.fingerprint(tmp_path)}) == 3
+
+
+def test_the_same_tensors_under_another_scale_are_another_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"a" * 100)
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"lora_alpha": 16}')
+    first = provenance.fingerprint(tmp_path)
+    config.write_text('{"lora_alpha": 32}')
+    assert provenance.fingerprint(tmp_path) != first
