@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from gemma_tune.gemma.families import Family
 from gemma_tune.models.roles import policy_adapters, speak_as
 from gemma_tune.train.evaluate import eval_mode, lent_settings, pad_left, shares
 from gemma_tune.train.loss_head import use_frozen_head
-from gemma_tune.train.reference import answer_log_probs, reference_log_probs
+from gemma_tune.train.reference import answer_log_probs, drop_copy_of_trl, reference_log_probs
 from gemma_tune.train.session import RunFolder
 from gemma_tune.train.trainer import RunTrainer, Surroundings, sheltered
 
@@ -85,15 +85,13 @@ class DpoTrainer(RunTrainer, DPOTrainer):
             super().__init__(
                 model=model, args=config, data_collator=collator, train_dataset=train, processing_class=tokenizer
             )
-            # TRL copies the adapter of a PeftModel into a reference of its own ("ref"): for a new adapter that is the
-            # plain base at the price of an adapter, and its switches undo what is frozen (models/roles.py).
-            if "ref" in self.model.peft_config:
-                self.model.delete_adapter("ref")
+            drop_copy_of_trl(self.model)
         speak_as(self.model, policy_adapters(self.model, mode))
         self.settle(around)
         use_frozen_head(self.plain_model())
         # From here on TRL reads the reference's log-probabilities from the batch.
         self.precompute_ref_logps = True
+        self._sft_weight = dict(zip(self.loss_types, self.loss_weights, strict=True)).get("sft", 0.0)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """The rows are token ids already: TRL would make them again, from text, and end them behind the turn end."""
@@ -109,7 +107,20 @@ class DpoTrainer(RunTrainer, DPOTrainer):
         """TRL's loss. The reference is asked first: what it keeps is gone before the policy keeps anything."""
         if REFERENCE_COLUMNS[0] not in inputs:
             inputs = inputs | dict(zip(REFERENCE_COLUMNS, reference_log_probs(self.model, inputs), strict=True))
+        if self._sft_weight:
+            self.loss_weights = [1.0, self._sft_weight * self._sft_share(inputs)]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _sft_share(self, inputs: Mapping[str, torch.Tensor]) -> float:
+        """By what the usual loss is multiplied so that each chosen token of a step weighs the same in it.
+
+        TRL's is the mean over the tokens of one pass, which is then weighted as the pairs are (`RunTrainer`). Of
+        held-out pairs it is added when all are read.
+        """
+        if not self.model.training:
+            return 0.0
+        pairs = self.weight_in_step(inputs, lambda batch: len(batch["input_ids"]))
+        return self.weight_in_step(inputs, _chosen_tokens) / pairs
 
     def batch_tokens(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Non-padding tokens of both sequences, and those of the answers."""
@@ -120,19 +131,22 @@ class DpoTrainer(RunTrainer, DPOTrainer):
     def score_held_out(self, rows: Sequence[Mapping[str, Any]]) -> DpoFigures | None:
         """`DpoFigures` over the rows."""
         names = [field for field in DpoFigures.__dataclass_fields__ if field != "pairs"]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        sums = torch.zeros(len(names) + 2, dtype=torch.float64)
         with eval_mode(self.model):
             for chosen, counts in self._shares(rows):
                 if self._stop_alone():
                     return None
-                part = self._score_pairs(self.data_collator([rows[index] for index in chosen]))
+                batch = self.data_collator([rows[index] for index in chosen])
+                counted = torch.tensor([_chosen_tokens(batch), len(chosen)], dtype=torch.float64)
+                part = torch.cat([self._score_pairs(batch), counted])
                 if counts:
-                    sums += torch.cat([part, torch.tensor([len(chosen)], dtype=torch.float64)])
+                    sums += part
         self._metrics["eval"].clear()  # TRL's: means of batch means
-        *values, pairs = self._total(sums).tolist()
+        *values, tokens, pairs = self._total(sums).tolist()
         if not pairs:
             return None
-        return DpoFigures(**dict(zip(names, (value / pairs for value in values), strict=True)), pairs=int(pairs))
+        found = DpoFigures(**dict(zip(names, (value / pairs for value in values), strict=True)), pairs=int(pairs))
+        return replace(found, loss=found.loss - self._sft_weight * found.chosen_logps * pairs / tokens)
 
     def _shares(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
@@ -155,7 +169,8 @@ class DpoTrainer(RunTrainer, DPOTrainer):
     def score_reference(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
         """(chosen, rejected) log-probabilities of the reference for each row, in order. Processes share the work."""
         found: dict[int, tuple[float, float]] = {}
-        with eval_mode(self.model):
+        # The model is not yet wrapped for autocast here, as it is in the training (fp16).
+        with eval_mode(self.model), self.accelerator.autocast():
             for numbers, _ in self._shares(rows):
                 batch = self._prepare_inputs(self.data_collator([rows[index] for index in numbers]))
                 scored = zip(*(part.tolist() for part in reference_log_probs(self.model, batch)), strict=True)
@@ -165,6 +180,11 @@ class DpoTrainer(RunTrainer, DPOTrainer):
             torch.distributed.all_gather_object(parts, found)
             found = {index: score for part in parts for index, score in part.items()}
         return [found[index] for index in range(len(rows))]
+
+
+def _chosen_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Tokens of the chosen answers."""
+    return int(batch["completion_mask"].chunk(2)[0].sum())
 
 
 class _Heard:

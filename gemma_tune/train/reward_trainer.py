@@ -99,7 +99,8 @@ class RewardTrainer(RunTrainer, TrlRewardTrainer):
         sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
         size, rank, world = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        with eval_mode(self.model):
+        # Only the model's own forward pass is wrapped for autocast (fp16), and `rewards` is not it.
+        with eval_mode(self.model), self.accelerator.autocast():
             for chosen, counts in shares(lengths, size, rank, world):
                 if self._stop_alone():
                     return None

@@ -152,6 +152,25 @@ class RunTrainer(Trainer):
         }
         return self.counters
 
+    # --- the loss of a step -------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss; where it is the mean over the rows of a pass, each row of the step weighs the same.
+
+        The Trainer divides such a loss by the number of passes (transformers 5.23, `training_step`). At the end of the
+        data the last pass of a step may have fewer rows, which would weigh more then.
+        """
+        loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training and self.loss_is_scaled_for_ga is False and not return_outputs:
+            return loss * self.weight_in_step(inputs, lambda batch: len(batch["input_ids"]))
+        return loss
+
+    def weight_in_step(self, batch: Mapping[str, torch.Tensor], size: Callable[[Mapping[str, Any]], float]) -> float:
+        """What the mean over `batch` weighs in the mean over all passes of the step: 1 where all have one size."""
+        return float(size(batch)) * len(self._rows) / float(sum(map(size, self._rows)))
+
     # --- the finite guard ---------------------------------------------------------------------------------------------
 
     def _clip_grad_norm(self, model: Any) -> Any:
