@@ -187,6 +187,8 @@ def load_reward(target: str | Path, **changes: Any) -> tuple[RewardModel, Any, F
             where=str(folder / REWARD_HEAD),
             fix="copy the adapter again",
         ) from exc
+    if not all(torch.isfinite(tensor).all() for tensor in head.state_dict().values()):
+        raise UserError("the reward head is not finite", where=str(folder / REWARD_HEAD), fix="train it again")
     return RewardModel(trunk, head).eval(), tokenizer, family, stats
 
 

@@ -17,7 +17,7 @@ from gemma_tune.gemma.families import Family
 from gemma_tune.models.roles import policy_adapters, speak_as
 from gemma_tune.train.evaluate import eval_mode, lent_settings, pad_left, shares
 from gemma_tune.train.loss_head import use_frozen_head
-from gemma_tune.train.reference import answer_log_probs, drop_copy_of_trl, reference_log_probs
+from gemma_tune.train.reference import answer_log_probs, drop_copy_of_trl, reference_answers, reference_log_probs
 from gemma_tune.train.session import RunFolder
 from gemma_tune.train.trainer import RunTrainer, Surroundings, sheltered
 
@@ -243,8 +243,7 @@ def sampled_kl(
             rows = list(zip(prompts[start : start + batch_size], drawn, strict=True))
             batch = {key: value.to(device) for key, value in _answers_batch(rows, family.pad_id).items()}
             policy = answer_log_probs(model, batch)
-            first, second = reference_log_probs(model, batch)
-            total[0] += (policy - torch.cat([first, second])).double().sum().cpu()
+            total[0] += (policy - reference_answers(model, batch)).double().sum().cpu()
             total[1] += batch["completion_mask"].sum().cpu()
     kl, tokens = total.tolist()
     return {"kl": kl / len(prompts), "kl_per_token": kl / max(tokens, 1), "kl_answers": len(prompts)}

@@ -25,9 +25,9 @@ NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejec
 
 
 def answer_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """log p(answer | prompt) of each sequence of a pair batch, summed over its tokens: [2B] fp32.
+    """log p(answer | prompt) of each sequence of a batch, summed over its tokens: fp32; of pairs the chosen ones first.
 
-    Chosen first, then rejected. The vocabulary's logits are never held as a whole (`train/loss_head.py`, or TRL's fused
+    The vocabulary's logits are never held as a whole (`train/loss_head.py`, or TRL's fused
     head on a GPU).
     """
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
@@ -35,10 +35,15 @@ def answer_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Ten
     return model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
 
 
-def reference_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(chosen [B], rejected [B]) log-probabilities of the reference. Keeps nothing for a backward pass."""
+def reference_answers(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """`answer_log_probs` of the reference. Keeps nothing for a backward pass."""
     with torch.no_grad(), speaking_as(model, reference_adapters(model)):
-        chosen, rejected = answer_log_probs(model, batch).chunk(2)
+        return answer_log_probs(model, batch)
+
+
+def reference_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(chosen [B], rejected [B]) log-probabilities of the reference for a batch of pairs."""
+    chosen, rejected = reference_answers(model, batch).chunk(2)
     return chosen, rejected
 
 

@@ -88,6 +88,14 @@ def test_fewer_pairs_than_a_batch_and_none_held_out(tiny: Tiny, tmp_path: Path, 
         assert "kl" not in results["tuned"]
 
 
+def test_the_distance_from_the_reference_takes_any_number_of_answers(tiny: Tiny, tmp_path: Path) -> None:
+    """They are no pairs: a batch of one answer has no second half."""
+    recipe = epoch_recipe(tmp_path, tiny("gemma3_text"), "dpo", pairs=5, holdout=1)
+    assert main(["dpo", str(recipe)]) == 0
+    tuned = document(tmp_path / "run" / "run.json")["results"]["tuned"]
+    assert tuned["kl_answers"] == 1 and tuned["kl"] is not None
+
+
 @pytest.mark.parametrize("stage", ["dpo", "reward"])
 def test_what_is_scored_beside_the_training_has_its_types(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -126,3 +134,46 @@ def test_what_is_scored_beside_the_training_has_its_types(
     recipe = epoch_recipe(tmp_path, tiny("gemma3_text"), stage, pairs=6, holdout=2, **changes)
     assert main([stage, str(recipe)]) == 0
     assert seen and all(seen)
+
+
+def test_a_damaged_or_foreign_reward_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from gemma_tune.errors import UserError
+    from gemma_tune.models.reward import load_reward
+
+    recipe = epoch_recipe(tmp_path, tiny("gemma3_text"), "reward", pairs=4, holdout=0)
+    assert main(["reward", str(recipe)]) == 0
+    adapter = tmp_path / "run" / "adapter"
+    stats, head = adapter / "reward_stats.json", adapter / "reward_head.safetensors"
+    whole = {file: file.read_bytes() for file in (stats, head)}
+    known, tensors = json.loads(whole[stats]), load_file(head)
+
+    def written(file: Path, content: bytes | dict[str, Any]) -> None:
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        elif file == stats:
+            file.write_text(json.dumps(content))
+        else:
+            save_file(content, file)
+
+    cases: list[tuple[Path, bytes | dict[str, Any], str]] = [
+        (stats, b"", "empty"),
+        (stats, b"[]", "not a JSON object"),
+        (stats, known | {"family": "gemma4"}, "family"),
+        (stats, known | {"template_sha256": "0"}, "template_sha256"),
+        (stats, known | {"token_id": 107}, "token_id"),
+        (head, whole[head][:-4], "damaged"),
+        (head, tensors | {"score.weight": torch.zeros(1, 3)}, "damaged"),
+        (head, tensors | {"score.bias": torch.tensor([float("nan")])}, "not finite"),
+    ]
+    for file, content, said in cases:
+        written(file, content)
+        with pytest.raises(UserError, match=said):
+            load_reward(adapter)
+        file.write_bytes(whole[file])
+    moved = adapter.rename(tmp_path / "elsewhere")
+    assert load_reward(moved)[3] == known
+    (moved / "reward_head.safetensors").unlink()
+    with pytest.raises(UserError, match="no reward model"):
+        load_reward(moved)
