@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -309,12 +310,22 @@ def _shared(first: Sequence[Message], second: Sequence[Message]) -> int:
 
 def _margin(row: Row) -> float | None:
     """`margin`, else how much higher `chosen` was rated; None where one of the ratings is missing."""
-    if row.get("margin") is not None:
-        return as_number(row["margin"], "margin")
+    if (margin := _rating(row, "margin")) is not None:
+        return margin
     for chosen, rejected in RATINGS:
-        if row.get(chosen) is not None and row.get(rejected) is not None:
-            return as_number(row[chosen], chosen) - as_number(row[rejected], rejected)
+        better, worse = _rating(row, chosen), _rating(row, rejected)
+        if better is not None and worse is not None:
+            return better - worse
     return None
+
+
+def _rating(row: Row, column: str) -> float | None:
+    """The number in a cell; a CSV file has it as text. None where the cell is empty."""
+    value = row.get(column)
+    if isinstance(value, str):
+        with suppress(ValueError):  # `as_number` says what it is instead
+            value = float(value) if value.strip() else None
+    return None if value is None else as_number(value, column)
 
 
 def group_of_row(row: Row) -> str:

@@ -195,6 +195,15 @@ def test_the_margin_is_the_difference_of_the_ratings(chosen: str, rejected: str)
     assert normalise_pair({**row, rejected: None}).margin is None
 
 
+def test_ratings_of_a_csv_file_are_text() -> None:
+    row = {"prompt": "q", "chosen": "good", "rejected": "bad", "score_chosen": "8.5", "score_rejected": " 3"}
+    assert normalise_pair(row).margin == 5.5
+    assert normalise_pair({**row, "score_rejected": ""}).margin is None
+    assert normalise_pair({**row, "margin": "0.25"}).margin == 0.25
+    with pytest.raises(RowError, match="not a finite number"):
+        normalise_pair({**row, "score_chosen": "inf"})
+
+
 def test_columns_are_renamed() -> None:
     row = {"ask": "q", "best": "good", "worst": "bad", "points": 3, "less": 1}
     columns = {
@@ -265,8 +274,8 @@ ERRORS: dict[str, tuple[Any, str, str, str]] = {
         "chosen does not begin with the turns of 'prompt'", "", "prompt and chat differ",
     ),
     "a rating that is text": (
-        {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": "8", "score_rejected": 3},
-        "score_chosen is text ('8'), not a number", "", "score_chosen is not a number",
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": "8/10", "score_rejected": 3},
+        "score_chosen is text ('8/10'), not a number", "", "score_chosen is not a number",
     ),
     "a rating that is no number": (
         {"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.nan},
