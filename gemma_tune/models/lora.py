@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -393,6 +394,7 @@ def _tokenizer_of(saved: _Saved, family: Family) -> PreTrainedTokenizerBase:
 
 def open_adapter(base: PreTrainedModel, folder: Path, *, name: str = TRAINED, trained: bool = False) -> PeftModel:
     """Put a saved adapter on its base. PEFT only warns where tensors are missing or left over; here it is an error."""
+    import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
@@ -401,19 +403,26 @@ def open_adapter(base: PreTrainedModel, folder: Path, *, name: str = TRAINED, tr
     try:
         with safe_open(str(folder / WEIGHTS), "pt") as file:
             saved = set(file.keys())
-        model = PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trained)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error
+            model = PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trained)
     except SafetensorError as exc:
         raise UserError(f"it is damaged: {exc}", where=str(folder / WEIGHTS), fix="copy the adapter again") from exc
     except (RuntimeError, ValueError) as exc:
         raise UserError(
             "this adapter does not fit the base model", where=str(folder), fix="use the base that it was trained on"
         ) from exc
-    wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-    if saved != wanted:
-        odd = sorted(saved ^ wanted)
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if saved != state.keys():
+        odd = sorted(saved ^ state.keys())
         raise UserError(
             f"{len(odd)} tensors of the adapter and the base model do not pair, e.g. {odd[0]}",
             where=str(folder),
             fix="use the base that it was trained on",
         )
+    for tensor in sorted(state):
+        if not torch.isfinite(state[tensor]).all():
+            raise UserError(
+                f"{tensor} is not finite", where=str(folder / WEIGHTS), fix="train it again, or copy an intact one"
+            )
     return model.eval()

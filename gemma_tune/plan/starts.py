@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,8 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
     _check_base(config, base, where)
     if config.get("peft_type") != "LORA":
         raise _refused(f"its kind is {config.get('peft_type')!r}, not LORA", where)
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise _refused(f"it was trained for {config['task_type']}, not to write (task_type)", where)
     for key, why in _UNSUPPORTED.items():
         if config.get(key):
             raise _refused(f"{why} ({key})", where)
@@ -173,7 +176,7 @@ def _read(config: Mapping[str, Any], family: Family, where: str) -> Start:
         and rank > 0
         and type(alpha) in (int, float)
         and type(dropout) in (int, float)
-        and ((isinstance(modules, str) and bool(modules)) or named)
+        and (named or (isinstance(modules, str) and _is_pattern(modules)))
     )
     if not good:
         what = "r, lora_alpha, lora_dropout or target_modules are missing or of the wrong kind"
@@ -188,6 +191,14 @@ def _read(config: Mapping[str, Any], family: Family, where: str) -> Start:
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
     )
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return bool(text)
 
 
 def _preset(modules: str | list[str], family: Family) -> str:

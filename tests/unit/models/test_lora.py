@@ -157,6 +157,17 @@ def test_an_adapter_that_lost_tensors_is_refused(tiny: Callable[..., Path], tmp_
         load_run(tmp_path)
 
 
+def test_an_adapter_that_is_not_finite_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    saved_run(tiny("gemma3_text"), "gemma3_text", tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(iter(tensors))] *= float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is not finite") as caught:
+        load_run(tmp_path)
+    assert str(file) in caught.value.problems[0].where
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [

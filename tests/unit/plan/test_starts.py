@@ -99,6 +99,8 @@ def test_a_local_base_is_the_same_however_it_is_written(tmp_path: Path, monkeypa
         ({"lora_alpha": None}, "of the wrong kind"),
         ({"target_modules": []}, "of the wrong kind"),
         ({"target_modules": [1]}, "of the wrong kind"),
+        ({"target_modules": "((("}, "of the wrong kind"),
+        ({"task_type": "SEQ_CLS"}, "trained for SEQ_CLS"),
     ],
 )
 def test_what_cannot_be_trained_on(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
