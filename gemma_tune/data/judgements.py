@@ -17,6 +17,9 @@ LABEL = "label"
 """The column that says whether an answer is good (trl-lib/kto-mix-14k)."""
 
 
+_WRITTEN = {"true": True, "1": True, "false": False, "0": False}
+
+
 def normalise_judged(row: Any, format: str = "auto", columns: Mapping[str, str] | None = None) -> Answered:
     """One row as a judged answer, or as a pair where it holds two.
 
@@ -36,7 +39,7 @@ def normalise_judged(row: Any, format: str = "auto", columns: Mapping[str, str] 
     pair = row.get("chosen") is not None and row.get("rejected") is not None
     if format in preferences.LAYOUTS or (pair and format == "auto"):
         return preferences.normalise_pair(row, format)
-    if row.get(LABEL) is None:
+    if row.get(LABEL) in (None, ""):
         raise RowError(
             f"no column {LABEL!r}, or it is null, and no pair 'chosen' and 'rejected'; columns found: {listed(row)}",
             fix=suggest_columns([LABEL], row) or f"name it in data.sources.columns: {{{LABEL}: ...}}",
@@ -70,9 +73,11 @@ def judged(row: Mapping[str, Any], format: str = "auto") -> Judged:
 
 
 def _good(value: Any) -> bool:
-    """True or false; 1 and 0 are what tables without booleans hold."""
+    """True or false; 1 and 0 are what tables without booleans hold, and a CSV file holds either as text."""
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
+    if isinstance(value, str) and (said := value.strip().lower()) in _WRITTEN:
+        return _WRITTEN[said]
     raise RowError(
         f"is {kind_of(value)}, not true or false",
         LABEL,

@@ -65,6 +65,13 @@ def test_what_stands_beside_the_answer_is_kept() -> None:
     ) == (Judged((ASKED,), SAID, False))
 
 
+def test_the_labels_of_a_csv_file_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label\nq,a,True\nq,b,false\nq,c,1\nq,d,0\n", encoding="utf-8")
+    prepared = build_judged(GEMMA3, ByteEncoder(), sources=[{"name": str(path)}], holdout=0, shuffle=False)
+    assert texts(prepared) == [(f"{text}<end_of_turn>", good) for text, good in zip("abcd", (1, 0, 1, 0), strict=True)]
+
+
 def test_a_row_with_two_answers_is_a_pair() -> None:
     given = {"prompt": "q", "chosen": "a", "rejected": "b"}
     pair = Preference((ASKED,), SAID, Message("model", "b"))
@@ -78,6 +85,7 @@ def test_a_row_with_two_answers_is_a_pair() -> None:
         ({"prompt": "q", "completion": "a"}, "no column 'label', or it is null", "label: ..."),
         ({"prompt": "q", "completion": "a", "thumbs_up": True}, "no column 'label'", "{label: thumbs_up}"),
         (row(label=None), "no column 'label', or it is null", "label"),
+        (row(label=""), "no column 'label', or it is null", "label"),
         (row(label="yes"), "label is text ('yes'), not true or false", "1 and 0"),
         (row(label=0.7), "label is a number (0.7), not true or false", "1 and 0"),
         (row(label=-1), "label is a number (-1), not true or false", "1 and 0"),
