@@ -415,10 +415,14 @@ def open_adapter(base: PreTrainedModel, folder: Path, *, name: str = TRAINED, tr
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if saved != state.keys():
         odd = sorted(saved ^ state.keys())
+        # A multimodal checkpoint that is loaded for text alone calls its layers by shorter names.
+        alike = {name.replace(".language_model", "") for name in saved} == {
+            name.replace(".language_model", "") for name in state
+        }
         raise UserError(
             f"{len(odd)} tensors of the adapter and the base model do not pair, e.g. {odd[0]}",
             where=str(folder),
-            fix="use the base that it was trained on",
+            fix="set model.text_only as in the run that made it" if alike else "use the base that it was trained on",
         )
     for tensor in sorted(state):
         if not torch.isfinite(state[tensor]).all():

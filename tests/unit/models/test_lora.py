@@ -147,6 +147,15 @@ def test_an_adapter_for_a_deeper_base_is_refused(tiny: Callable[..., Path], tmp_
         load_run(tmp_path)
 
 
+def test_an_adapter_of_the_whole_checkpoint_is_none_of_its_text_model(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    saved_run(tiny("gemma3"), "gemma3", tmp_path)
+    with pytest.raises(UserError, match="do not pair") as caught:
+        load_run(tmp_path, text_only=True)
+    assert caught.value.problems[0].fix == "set model.text_only as in the run that made it"
+
+
 def test_an_adapter_that_lost_tensors_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     saved_run(tiny("gemma3_text"), "gemma3_text", tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
