@@ -277,7 +277,7 @@ class Kto(Section):
     """How much a departure from the reference costs."""
     desirable_weight: Annotated[Number, Field(gt=0)] = 1.0
     """Weight of the loss on good answers (the paper's lambda_D). With weight x number of either kind, good over bad
-    should lie between 1 and 4/3 (equation 8); a run says so where it does not."""
+    should lie between 1 and 4/3 (equation 8); a run says so where it is far from that."""
     undesirable_weight: Annotated[Number, Field(gt=0)] = 1.0
     """Weight of the loss on bad answers (lambda_U)."""
 

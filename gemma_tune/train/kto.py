@@ -14,6 +14,8 @@ from gemma_tune.train.trainer import Surroundings
 
 BALANCE = (1.0, 4 / 3)
 """Where weight x number of the good answers, over that of the bad ones, should lie (arXiv 2402.01306, equation 8)."""
+TOLERATED = 0.75
+"""Down to here nothing is said: 48 good answers and 52 bad ones are no imbalance."""
 
 
 def make_trainer(run: Run, around: Surroundings) -> KtoTrainer:
@@ -41,7 +43,7 @@ def imbalance(judged: JudgedFigures, desirable: float, undesirable: float) -> st
     if not good or not bad:
         return f"all training answers are {'good' if good else 'bad'}: KTO has nothing to tell them from"
     low, high = BALANCE
-    if low <= desirable * good / (undesirable * bad) <= high:
+    if TOLERATED <= desirable * good / (undesirable * bad) <= high:
         return ""
     return (
         f"{good:,} good and {bad:,} bad answers: KTO's authors balance them by kto.desirable_weight between "

@@ -13,6 +13,7 @@ import pytest
 from gemma_tune.cli import main
 from gemma_tune.train import checkpoint
 from tests.integration.test_preferences_tiny import start_of, write_pairs
+from tests.integration.test_two_processes import on_two_processes
 from tests.integration.tiny_runs import COLOURS, THINGS, document, lines, write_recipe
 from tests.tiny import TINY_NAMES
 
@@ -179,3 +180,15 @@ def test_kto_on_four_bits(tiny: Tiny, tmp_path: Path) -> None:
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert {str(tensor.dtype) for tensor in saved.values()} == {"torch.float32"}
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in saved.values()), "fp32 to the last bit"
+
+
+def test_two_processes_end_together_and_score_the_held_out_rows_as_one_does(tiny: Tiny, tmp_path: Path) -> None:
+    """The KL point of a pass is that of both processes, so that losses are near those of one process, not the same."""
+    recipe = str(kto_recipe(tmp_path, tiny("gemma3_text"), optim={"max_steps": 6}))
+    changes = ["batch.micro=2", "data.holdout=5", "samples.held_out=0"]
+    assert main(["kto", recipe, f"output={tmp_path / 'one'}", *changes]) == 0
+    on_two_processes("kto", recipe, *changes)
+    first, second = (document(tmp_path / name / "run.json")["results"] for name in ("one", "run"))
+    assert second["steps"] == 6 and second["tuned"]["rows"] == first["tuned"]["rows"] == 5
+    assert second["base"] == pytest.approx(first["base"], abs=1e-6)
+    assert second["tuned"]["loss"] == pytest.approx(first["tuned"]["loss"], abs=0.05) and second["tuned"]["loss"] < 0.5

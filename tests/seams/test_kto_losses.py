@@ -107,6 +107,8 @@ def test_the_held_out_figures() -> None:
     [
         (100, 100, (1.0, 1.0), ""),
         (130, 100, (1.0, 1.0), ""),
+        (80, 100, (1.0, 1.0), ""),
+        (140, 100, (1.0, 1.0), "between 0.71 and 0.95, or by kto.undesirable_weight between 1.05 and 1.40"),
         (100, 130, (1.3, 1.0), ""),
         (
             100,
