@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemma_tune.data.mix import one_by_one
 from gemma_tune.gemma.chat import (
     RenderedPair,
     check_answers,
     render,
+    render_judged,
     render_preferences,
     render_prompt,
     written_text,
@@ -86,6 +88,11 @@ def test_every_family_begins_a_conversation_with_prompt_and_answer(name: str) ->
             rendered = render(preference.conversation(answer), family, encoder)
             assert rendered.ids[: rendered.turns[-1]] == pair.prompt + ids
             assert all(rendered.trained[len(pair.prompt) : rendered.turns[-1]]), "all of it is the model's own"
+    for good, side in ((True, "chosen"), (False, "rejected")):
+        alone = [judged for pair in pairs for judged in one_by_one(pair) if judged.good is good]
+        rendered_pairs = render_preferences(pairs, family, encoder)
+        for found, pair in zip(render_judged(alone, family, encoder), rendered_pairs, strict=True):
+            assert (found.prompt, found.answer) == (pair.prompt, getattr(pair, side)), "as in its pair"
 
 
 def test_what_gemma4_cannot_be_prompted_for_is_refused_and_nothing_else() -> None:
