@@ -96,6 +96,14 @@ class PairCollator:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         return batch
 
+    def first(self, batch: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """The first `count` pairs of `batch`, as wide as it is."""
+        pairs = len(batch["input_ids"]) // 2
+        return {
+            name: torch.cat([values[:count], values[pairs : pairs + count]]) if len(values) > pairs else values[:count]
+            for name, values in batch.items()
+        }
+
     def tokens(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Tokens of `batch` without its padding, both sequences of a pair counted: an int64 scalar on its device."""
         return batch["attention_mask"].sum()

@@ -108,10 +108,10 @@ class DpoTrainer(RunTrainer, DPOTrainer):
         if REFERENCE_COLUMNS[0] not in inputs:
             inputs = inputs | dict(zip(REFERENCE_COLUMNS, reference_log_probs(self.model, inputs), strict=True))
         if self._sft_weight:
-            self.loss_weights = [1.0, self._sft_weight * self._sft_share(inputs)]
+            self.loss_weights = [1.0, self._sft_weight * self._sft_share()]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _sft_share(self, inputs: Mapping[str, torch.Tensor]) -> float:
+    def _sft_share(self) -> float:
         """By what the usual loss is multiplied so that each chosen token of a step weighs the same in it.
 
         TRL's is the mean over the tokens of one pass, which is then weighted as the pairs are (`RunTrainer`). Of
@@ -119,8 +119,9 @@ class DpoTrainer(RunTrainer, DPOTrainer):
         """
         if not self.model.training:
             return 0.0
-        pairs = self.weight_in_step(inputs, lambda batch: len(batch["input_ids"]))
-        return self.weight_in_step(inputs, _chosen_tokens) / pairs
+        pairs = self.weight_in_step(_pairs, together=self._uneven)
+        tokens = self.weight_in_step(_chosen_tokens, together=True)  # also where there is none: others wait for it
+        return tokens / pairs if pairs else 0.0
 
     def batch_tokens(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Non-padding tokens of both sequences, and those of the answers."""
@@ -180,6 +181,10 @@ class DpoTrainer(RunTrainer, DPOTrainer):
             torch.distributed.all_gather_object(parts, found)
             found = {index: score for part in parts for index, score in part.items()}
         return [found[index] for index in range(len(rows))]
+
+
+def _pairs(batch: Mapping[str, torch.Tensor]) -> int:
+    return len(batch["input_ids"]) // 2
 
 
 def _chosen_tokens(batch: Mapping[str, torch.Tensor]) -> int:

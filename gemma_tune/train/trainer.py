@@ -100,6 +100,8 @@ class RunTrainer(Trainer):
         self._tokens = torch.zeros(2, dtype=torch.int64, device=self.args.device)
         self.counters: dict[str, Any] = {}
         self._rows: list[Mapping[str, torch.Tensor]] = []
+        self._passes = 0  # of the step, that are done
+        self._uneven = self._idle = False
         self._held_out = around.held_out
         self._folder = around.folder
         self._keep = around.keep
@@ -130,10 +132,32 @@ class RunTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Count the tokens of the coming step, and keep its rows for the report of a non-finite loss."""
         rows, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in rows:
+        self._uneven, self._idle = self._leave_out_repetitions(rows)
+        for batch in rows[: len(rows) - self._idle]:
             self._tokens += torch.stack(self.batch_tokens(batch)).to(self._tokens.device)
-        self._rows = rows
+        self._rows, self._passes = rows, 0
         return rows, items
+
+    def _leave_out_repetitions(self, rows: list) -> tuple[bool, bool]:
+        """Cut the rows with which accelerate fills up the last passes of the data, where the collator knows how.
+
+        Of several processes each gets as many passes; what is missing is repeated from the beginning
+        (`BatchSamplerShard`), and would count again.
+
+        Returns:
+            Whether processes have different numbers of rows in this step, and whether the last pass of this one is
+            nothing but repetition: a row of it stays, since all take part in the backward pass, and weighs nothing.
+        """
+        end = rows and self.accelerator.gradient_state.end_of_dataloader
+        if self.args.world_size == 1 or not end or not hasattr(self.data_collator, "first"):
+            return False, False
+        micro = self.args.per_device_train_batch_size
+        rest = len(self.train_dataset) % (micro * self.args.world_size)
+        if not rest:
+            return False, False
+        own = min(max(rest - micro * self.args.process_index, 0), micro)
+        rows[-1] = self.data_collator.first(rows[-1], max(own, 1))
+        return True, own == 0
 
     def count(self) -> dict[str, Any]:
         """Bring `counters` up to date. Every process must call this together.
@@ -164,12 +188,24 @@ class RunTrainer(Trainer):
         """
         loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training and self.loss_is_scaled_for_ga is False and not return_outputs:
-            return loss * self.weight_in_step(inputs, lambda batch: len(batch["input_ids"]))
+            loss = loss * self.weight_in_step(_sequences, together=self._uneven)
+            self._passes += 1
         return loss
 
-    def weight_in_step(self, batch: Mapping[str, torch.Tensor], size: Callable[[Mapping[str, Any]], float]) -> float:
-        """What the mean over `batch` weighs in the mean over all passes of the step: 1 where all have one size."""
-        return float(size(batch)) * len(self._rows) / float(sum(map(size, self._rows)))
+    def weight_in_step(self, size: Callable[[Mapping[str, Any]], float], *, together: bool) -> float:
+        """What the mean over the present pass weighs in the mean over all passes of the step: 1 where all are alike.
+
+        Args:
+            size: what of a batch counts.
+            together: whether the processes may differ. All must say the same.
+        """
+        sizes = [float(size(batch)) for batch in self._rows]
+        if self._idle:
+            sizes[-1] = 0.0
+        total = sum(sizes)
+        if together and self.args.world_size > 1:
+            total = float(self.accelerator.reduce(torch.tensor(total, device=self.args.device), "mean"))
+        return sizes[self._passes] * len(sizes) / total
 
     # --- the finite guard ---------------------------------------------------------------------------------------------
 
@@ -277,6 +313,10 @@ class RunTrainer(Trainer):
                     where=str(self._folder.path),
                     fix="lower optim.learning_rate; the last checkpoint is intact",
                 )
+
+
+def _sequences(batch: Mapping[str, Any]) -> int:
+    return len(batch["input_ids"])
 
 
 Agree = Callable[[bool], bool]

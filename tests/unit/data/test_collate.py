@@ -123,3 +123,18 @@ def test_the_halves_of_a_reward_batch_are_those_of_trl() -> None:
 def test_a_row_without_what_the_others_have_is_an_error() -> None:
     with pytest.raises(KeyError, match="margin"):
         PairCollator(0)([PAIRS[0] | {"margin": 1.0}, PAIRS[1]])
+
+
+def test_the_first_pairs_of_a_batch_keep_their_halves() -> None:
+    rows = [{"prompt_ids": [2, n], "chosen_ids": [10 + n], "rejected_ids": [20 + n, 1], "margin": n} for n in range(3)]
+    batch = PairCollator(0)(rows)
+    first = PairCollator(0).first(batch, 2)
+    assert first["input_ids"].tolist() == [[2, 0, 10, 0], [2, 1, 11, 0], [2, 0, 20, 1], [2, 1, 21, 1]]
+    assert first["margin"].tolist() == [0.0, 1.0]
+    assert {name: len(values) for name, values in first.items()} == {
+        "input_ids": 4,
+        "attention_mask": 4,
+        "completion_mask": 4,
+        "margin": 2,
+    }
+    assert PairCollator(0).first(batch, 1)["input_ids"][:, 2].tolist() == [10, 20]
