@@ -147,6 +147,10 @@ class JudgedCollator:
             batch |= {f"KL_{name}": tensor for name, tensor in self._sequences(mixed).items()}
         return batch
 
+    def first(self, batch: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """The first `count` answers of `batch` with their KL rows, as wide as it is."""
+        return {name: values[:count] for name, values in batch.items()}
+
     def _sequences(self, sides: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch.Tensor]:
         return _prompted(sides, self.pad_id)
 

@@ -192,3 +192,4 @@ def test_two_processes_end_together_and_score_the_held_out_rows_as_one_does(tiny
     assert second["steps"] == 6 and second["tuned"]["rows"] == first["tuned"]["rows"] == 5
     assert second["base"] == pytest.approx(first["base"], abs=1e-6)
     assert second["tuned"]["loss"] == pytest.approx(first["tuned"]["loss"], abs=0.05) and second["tuned"]["loss"] < 0.5
+    assert second["tokens_trained"] == first["tokens_trained"], "the last row of 43 counts once"

@@ -281,5 +281,12 @@ def test_a_long_kl_row_loses_the_end_of_its_answer() -> None:
     assert batch["KL_completion_mask"].sum(1).tolist() == [1, 1]
 
 
+def test_the_first_answers_of_a_batch_keep_their_kl_rows() -> None:
+    batch = JudgedCollator(0, 99)(judged_rows(4, 5))
+    fewer = JudgedCollator(0, 99).first(batch, 3)
+    assert fewer.keys() == batch.keys()
+    assert all(torch.equal(fewer[name], batch[name][:3]) for name in batch)
+
+
 def test_a_batch_of_one_prompt_has_no_kl_rows() -> None:
     assert not any(name.startswith("KL_") for name in JudgedCollator(0, 8)(judged_rows(1, 4)))
