@@ -72,7 +72,9 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
     quieten()
     import_bitsandbytes()  # before trl and peft, which would import it their way
     with nullcontext() if read.tracking.wandb else unseen("wandb"):
-        from gemma_tune.train.run import run_plan
+        from gemma_tune.train.run import run_plan, stage_of
+
+        stage_of(plan)  # imports the module of its trainer
 
     results = run_plan(plan, text, resume=resume, console=console.stdout())
     if first:

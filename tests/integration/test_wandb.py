@@ -11,6 +11,8 @@ import pytest
 
 from gemma_tune.cli import main
 from gemma_tune.train import tracking
+from tests.integration.test_kto_tiny import kto_recipe
+from tests.integration.test_preferences_tiny import pair_recipe
 from tests.integration.tiny_runs import document, write_recipe
 
 QUICK = {"optim": {"max_steps": 2}, "samples": {"held_out": 0, "prompts": []}}
@@ -47,11 +49,22 @@ def test_an_offline_run_with_project_name_and_figures_and_no_secret(
                 assert value.encode() not in path.read_bytes(), (name, path)
 
 
-def test_without_it_in_the_recipe_wandb_is_not_even_imported(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, tiny("gemma3_text"), **QUICK)
+def recipe_of(stage: str, folder: Path, base: Path) -> Path:
+    if stage == "sft":
+        return write_recipe(folder, base, **QUICK)
+    if stage == "kto":
+        return kto_recipe(folder, base, optim={"max_steps": 2})
+    return pair_recipe(folder, base, stage, optim={"max_steps": 2})
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
+def test_without_it_in_the_recipe_wandb_is_not_even_imported(
+    tiny: Callable[..., Path], tmp_path: Path, stage: str
+) -> None:
+    recipe = recipe_of(stage, tmp_path, tiny("gemma3_text"))
     code = (
         "import sys\nfrom gemma_tune.cli import main\n"
-        f"code = main(['sft', {str(recipe)!r}])\n"
+        f"code = main([{stage!r}, {str(recipe)!r}])\n"
         "sys.exit(code or 77 * ('wandb' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
