@@ -15,7 +15,7 @@ from gemma_tune.train.dpo_trainer import ChosenAlarm, DpoTrainer, sampled_kl
 from gemma_tune.train.evaluate import prompt_ids, sample_prompts
 from gemma_tune.train.reference import cache_key, with_reference
 from gemma_tune.train.run import Run, Stage, trainer_config
-from gemma_tune.train.trainer import Surroundings
+from gemma_tune.train.trainer import Surroundings, agreement
 
 KL_PROMPTS = 32
 """Held-out prompts that are answered to measure how far the policy went from the reference."""
@@ -35,15 +35,16 @@ def make_trainer(run: Run, around: Surroundings) -> DpoTrainer:
     )
     if run.session["precompute_reference"]:
         key = cache_key(run.identity)
-        writes = trainer.is_world_process_zero()
-        trainer.train_dataset = with_reference(
-            data.train, "train", key=key, score=trainer.score_reference, writes=writes
-        )
+        shared: dict[str, Any] = {
+            "key": key,
+            "score": trainer.score_reference,
+            "writes": trainer.is_world_process_zero(),
+            "agree": agreement(trainer),
+        }
+        trainer.train_dataset = with_reference(data.train, "train", **shared)
         if around.held_out:
             name = f"held_out-{len(around.held_out)}"
-            trainer.set_held_out(
-                with_reference(around.held_out, name, key=key, score=trainer.score_reference, writes=writes)
-            )
+            trainer.set_held_out(with_reference(around.held_out, name, **shared))
     trainer.add_callback(ChosenAlarm(run.folder, run.console))
     return trainer
 

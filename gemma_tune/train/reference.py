@@ -99,6 +99,7 @@ def with_reference(
     key: str,
     score: Callable[[Sequence[Mapping[str, Any]]], list[tuple[float, float]]],
     writes: bool = True,
+    agree: Callable[[bool], bool] = lambda missing: missing,
 ) -> Any:
     """`rows` with columns `ref_chosen_logps` and `ref_rejected_logps` (fp32), from the cache where they are there.
 
@@ -108,10 +109,11 @@ def with_reference(
         key: from `cache_key`.
         score: scores the rows that it is given, in their order.
         writes: whether this process keeps what was scored.
+        agree: whether the scores are missing on any process: all of them score together, or none does.
     """
     file = cache_folder() / "reference" / f"{key[:32]}-{name}.npy"
     scores = _read(file, len(rows))
-    if scores is None:
+    if agree(scores is None) or scores is None:
         scores = np.asarray(score(rows), dtype=np.float32).reshape(len(rows), 2)
         if writes:
             _keep(file, scores)

@@ -14,6 +14,7 @@ import pytest
 
 from gemma_tune.cli import main
 from gemma_tune.train import checkpoint
+from tests.integration.test_preferences_tiny import pair_recipe
 from tests.integration.test_resume import losses, stop_at
 from tests.integration.tiny_runs import document, write_recipe
 
@@ -79,3 +80,19 @@ def test_the_last_step_of_a_pass_counts_each_row_once(tiny: Callable[..., Path],
     figures = [document(run / "run.json")["results"] for run in (one, two)]
     for key in ("tokens_seen", "tokens_trained"):
         assert figures[0][key] == figures[1][key]
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_two_processes_train_on_pairs_as_one_does(tiny: Callable[..., Path], tmp_path: Path, stage: str) -> None:
+    recipe = str(pair_recipe(tmp_path, tiny("gemma3_text"), stage, data={"holdout": 9}))
+    precomputed = ["dpo.precompute_reference=true"] if stage == "dpo" else []
+    assert main([stage, recipe, f"output={tmp_path / 'one'}", "batch.micro=1", *precomputed]) == 0
+    on_two_processes(stage, recipe, "batch.micro=1", *precomputed)
+    one, two = tmp_path / "one", tmp_path / "run"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    first, second = (document(run / "run.json")["results"] for run in (one, two))
+    assert first["tuned"]["pairs"] == second["tuned"]["pairs"] == 9
+    for key in ("loss", "accuracy", "margin"):
+        assert second["tuned"][key] == pytest.approx(first["tuned"][key], rel=1e-3), key
+    for key in ("tokens_seen", "tokens_trained", "steps"):
+        assert first[key] == second[key]
