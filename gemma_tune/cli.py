@@ -113,6 +113,14 @@ def kto(
     return _training("kto", context, recipe, overrides, resume)
 
 
+@app.command(context_settings=OVERRIDES)
+def ppo(
+    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
+) -> Job:
+    """PPO against a reward model or function, on one base."""
+    return _training("ppo", context, recipe, overrides, resume)
+
+
 def _training(stage: str, context: typer.Context, recipe: str, overrides: Sequence[str] | None, resume: Resume) -> Job:
     path, changes = split_recipe([recipe, *(overrides or ())], context)
     return lambda: _command("train").run(stage, path, changes, resume.value)

@@ -1,6 +1,7 @@
 """Real human dialogues of the `chitchat-dataset` package (BYU, MIT licence) as rows of UltraChat's schema.
 
-An example of a source that is a function: a recipe names it as `recipes/chitchat.py:rows`.
+An example of sources that are functions: a recipe names them as `recipes/chitchat.py:rows` (sft) and
+`recipes/chitchat.py:prompts` (ppo).
 """
 
 import hashlib
@@ -9,6 +10,8 @@ from itertools import groupby
 from typing import Any
 
 MIN_TURNS = 6
+CONTEXT = 3
+"""Turns of a prompt; odd, so that the user has the last word. The first ones are often no more than greetings."""
 
 
 def dialogues() -> Iterator[list[str]]:
@@ -40,3 +43,13 @@ def rows() -> Iterator[dict[str, Any]]:
         kept = messages(turns[: len(turns) // 2 * 2])  # a last question without an answer teaches nothing
         prompt = turns[0]
         yield {"prompt": prompt, "prompt_id": hashlib.sha256(prompt.encode()).hexdigest(), "messages": kept}
+
+
+def prompts() -> Iterator[dict[str, Any]]:
+    """The beginning of each dialogue, which the second speaker is to go on with: `recipes/chitchat.py:prompts`.
+
+    Yields `{"messages": [{"content": str, "role": str}, ...], "group": str}`; the last message is the user's. Each
+    dialogue is a group of its own, also where many begin with the same greeting.
+    """
+    for number, turns in enumerate(dialogues()):
+        yield {"messages": messages(turns[:CONTEXT]), "group": f"dialogue {number}"}

@@ -52,6 +52,20 @@ def pairs_all() -> Iterator[dict[str, Any]]:
     return pairs(places=5)
 
 
+def pairs_first() -> Iterator[dict[str, Any]]:
+    """Those of `pairs` that come from every second couple of dialogues: for a reward model that is trained against."""
+    return _half(0)
+
+
+def pairs_second() -> Iterator[dict[str, Any]]:
+    """The others: for a reward model that has seen none of the first one's dialogues, and watches."""
+    return _half(1)
+
+
+def _half(which: int) -> Iterator[dict[str, Any]]:
+    return (pair for pair in pairs() if int(pair["group"].split()[-1]) % 2 == which)
+
+
 def _places(first: list[str], second: list[str]) -> list[int]:
     """Where both dialogues have an answer of the second speaker with something before it; the longest answers first."""
     found = []

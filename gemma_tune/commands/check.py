@@ -13,7 +13,7 @@ from gemma_tune.plan.fit import require_fit
 from gemma_tune.plan.machine import glance, named_machine, world_size_of
 from gemma_tune.plan.plan import make_plan
 from gemma_tune.plan.report import report
-from gemma_tune.plan.starts import start_of
+from gemma_tune.plan.starts import rewards_of, start_of
 from gemma_tune.recipe.reader import read_recipe
 
 
@@ -32,8 +32,8 @@ def run(recipe: str, overrides: Sequence[str], machine: str | None, as_json: boo
     else:
         processes = world_size_of(os.environ)
         target = glance(os.environ, processes)
-    start = start_of(wanted, family)
-    plan = make_plan(wanted, target, shape, family, start=start, world_size=processes)
+    start, rewards = start_of(wanted, family), rewards_of(wanted, family)
+    plan = make_plan(wanted, target, shape, family, start=start, rewards=rewards, world_size=processes)
     if as_json:
         print(json.dumps(plan.to_json(), indent=2))
     else:

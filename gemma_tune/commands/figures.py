@@ -73,7 +73,34 @@ def _kto(results: Results) -> list[str]:
     ]
 
 
-_HELD_OUT: dict[str, Callable[[Results], list[str]]] = {"sft": _sft, "reward": _reward, "dpo": _dpo, "kto": _kto}
+def _ppo(results: Results) -> list[str]:
+    base, tuned = _both(results)
+    if base.get("score") is None or tuned.get("score") is None:
+        return []
+    rise = results.get("score_rise")  # in what chance would move the mean of one step's responses by
+    chance = f", {rise:+.1f} standard deviations of a step's mean" if rise is not None else ""
+    return [
+        f"score of responses to {tuned['prompts']:,} held-out prompts: {_pair(base, tuned, 'score', '.3f')} "
+        f"({tuned['score'] - base['score']:+.3f}{chance})",
+        f"distance from the reference (KL): {_pair(base, tuned, 'kl', '.2f')} nats a response "
+        f"(k3: {_pair(base, tuned, 'kl_k3', '.2f')}); entropy {_pair(base, tuned, 'entropy', '.2f')} nats a token",
+        f"length of a response: {_pair(base, tuned, 'response_length', '.1f')} tokens; stopped by themselves: "
+        f"{_pair(base, tuned, 'stopped', '.1%')}",
+    ]
+
+
+def _pair(base: Results, tuned: Results, key: str, form: str) -> str:
+    """`0.120 -> 0.840`."""
+    return f"{base[key]:{form}} -> {tuned[key]:{form}}"
+
+
+_HELD_OUT: dict[str, Callable[[Results], list[str]]] = {
+    "sft": _sft,
+    "reward": _reward,
+    "dpo": _dpo,
+    "kto": _kto,
+    "ppo": _ppo,
+}
 
 
 def _both(results: Results) -> tuple[Results, Results]:

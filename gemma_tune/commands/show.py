@@ -1,4 +1,4 @@
-"""`gemma-tune show`: training rows as the model will see them, token by token, with the loss mask.
+"""`gemma-tune show`: training rows, or prompts, as the model will see them, token by token, with the loss mask.
 
 Needs the tokenizer and the data, never the weights.
 """
@@ -15,6 +15,7 @@ from gemma_tune import console
 from gemma_tune.commands.picture import borders, legend, picture
 from gemma_tune.commands.show_judged import json_judged, show_judged
 from gemma_tune.commands.show_pairs import json_pairs, show_pairs
+from gemma_tune.commands.show_prompts import json_prompts, show_prompts
 from gemma_tune.gemma.chat import render, render_prompt
 from gemma_tune.gemma.conversation import Conversation, Document, Example, Message
 from gemma_tune.plan.choices_data import data_choices
@@ -38,8 +39,8 @@ def run(recipe: str, overrides: list[str], rows: int, as_json: bool) -> int:
 
     As JSON: one object a line for each example in the order of the sources, before the holdout split and packing, with
     `ids`, `trained` (1 where a token carries loss), `text` (the ids decoded), `prompt_ids` (what the model is given to
-    answer the first trained turn) and `where`. Pairs: see `show_pairs.json_pairs`; judged
-    answers: `show_judged.json_judged`.
+    answer the first trained turn) and `where`. Pairs: see `show_pairs.json_pairs`; judged answers:
+    `show_judged.json_judged`; prompts: `show_prompts.json_prompts`.
     """
     read = read_recipe(recipe, overrides)
     family, _ = model_facts(read.model.name, read.model.revision)
@@ -50,11 +51,11 @@ def run(recipe: str, overrides: list[str], rows: int, as_json: bool) -> int:
     )
     encoder = GemmaEncoder(tokenizer, family)
     if as_json:
-        rows_of = {"sft": json_rows, "kto": json_judged}.get(read.stage, json_pairs)
+        rows_of = {"sft": json_rows, "kto": json_judged, "ppo": json_prompts}.get(read.stage, json_pairs)
         for row in islice(rows_of(read, family, encoder, tokenizer), rows):
             print(json.dumps(row, ensure_ascii=False))
     else:
-        shown = {"sft": _show, "kto": show_judged}.get(read.stage, show_pairs)
+        shown = {"sft": _show, "kto": show_judged, "ppo": show_prompts}.get(read.stage, show_pairs)
         report = shown(read, sampled(read), family, encoder, tokenizer, rows)
         console.out(f"\nthe data (at most {SAMPLE:,} rows of each source were read):")
         for line in report.lines():

@@ -1,4 +1,4 @@
-"""`gemma-tune sft`, `reward`, `dpo` and `kto`: recipe -> plan -> run, then what came of it."""
+"""`gemma-tune sft`, `reward`, `dpo`, `kto` and `ppo`: recipe -> plan -> run, then what came of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gemma_tune.plan.machine import named_machine, probe, world_size_of
 from gemma_tune.plan.memory import total
 from gemma_tune.plan.plan import make_plan
 from gemma_tune.plan.stages import unit
-from gemma_tune.plan.starts import start_of
+from gemma_tune.plan.starts import rewards_of, start_of
 from gemma_tune.plan.types import Plan
 from gemma_tune.recipe import yaml
 from gemma_tune.recipe.reader import read_recipe_text
@@ -56,14 +56,14 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
             fix=f"gemma-tune {read.stage} {shlex.quote(recipe)}",
         )
     family, shape = model_facts(read.model.name, read.model.revision)
-    start = start_of(read, family)
+    start, rewards = start_of(read, family), rewards_of(read, family)
     from gemma_tune.models.remedies import import_bitsandbytes
     from gemma_tune.train.session import RunFolder, is_first_process
 
     first = is_first_process()
     RunFolder(read.output, resume=resume, writes=first).check()  # before anything slow: libraries, data and weights
     here = named_machine(machine) if machine else probe(world_size_of(os.environ))
-    plan = make_plan(read, here, shape, family, start=start)
+    plan = make_plan(read, here, shape, family, start=start, rewards=rewards)
     require_fit(plan)
     if first:
         console.out(summary(plan))
@@ -94,11 +94,13 @@ def summary(plan: Plan) -> str:
     begun = plan.values("session")["adapter"]
     if begun["start"]:
         trained += f" {'on from' if begun['mode'] == 'continue' else 'on top of'} {begun['start']}"
-    length = "a row" if plan.stage == "sft" else "a prompt with its answer"
+    length = f"{data['max_length']} tokens {'a row' if plan.stage == 'sft' else 'a prompt with its answer'}"
+    if plan.stage == "ppo":
+        length = f"{data['max_length']} tokens a prompt and {trainer['max_new_tokens']} a response"
     return (
         f"{model['name']} in {held}, {trained}, on {plan.machine['name']}: about {need:.1f} GiB\n"
         f"batch {micro * accumulation * processes} = {micro} {unit(plan.stage)}s x {accumulation} steps x "
-        f"{processes} processes, {data['max_length']} tokens {length}, learning rate {trainer['learning_rate']:g}"
+        f"{processes} processes, {length}, learning rate {trainer['learning_rate']:g}"
     )
 
 

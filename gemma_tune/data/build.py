@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
 import datasets
@@ -35,14 +35,15 @@ class Prepared(Generic[E]):
     Attributes:
         train: rows of `input_ids`, `labels` (-100 carries no loss) and, where packed, `position_ids`. Of pairs: rows of
             `prompt_ids`, `chosen_ids`, `rejected_ids` and, where wanted, `margin`. Of judged answers: rows of
-            `prompt_ids`, `completion_ids` and `label`.
-        held_out: rows of `input_ids` and `labels`, one a conversation; several for a text that was split. Of pairs
-            and judged answers: rows as in `train`.
-        held_out_examples: the conversations and texts, the pairs or the judged answers of `held_out`, each once, in its
-            order.
+            `prompt_ids`, `completion_ids` and `label`. Of prompts: rows of `prompt_ids`.
+        held_out: rows of `input_ids` and `labels`, one a conversation; several for a text that was split. Of pairs,
+            judged answers and prompts: rows as in `train`.
+        held_out_examples: the conversations and texts, the pairs, the judged answers or the prompts of `held_out`, each
+            once, in its order.
         report: what was read, repaired, dropped.
         fingerprint: sha256 over the settings, the contents and the tokens. Of a stream: over its settings and its
             held-out rows only.
+        train_examples: the prompts of `train` in its order; of other rows there are none here.
     """
 
     train: datasets.Dataset | datasets.IterableDataset
@@ -50,6 +51,7 @@ class Prepared(Generic[E]):
     held_out_examples: list[E]
     report: DataReport
     fingerprint: str
+    train_examples: list[E] = field(default_factory=list)
 
 
 def build(

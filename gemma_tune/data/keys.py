@@ -10,15 +10,18 @@ from gemma_tune.data.spool import to_json
 from gemma_tune.gemma.conversation import Answered, Conversation, Document, Example, Judged, Message
 
 
-def group_of(example: Example | Answered) -> bytes:
+def group_of(example: Example | Answered, named: str = "") -> bytes:
     """Rows that share it stay together when the data is split: the first thing the user says, or the whole text.
 
-    A preference may name a group of its own.
+    Args:
+        named: the group that the row of the example names. A preference and a judged answer bring it themselves.
     """
+    if isinstance(example, Answered):
+        named = named or example.group
+    if named:
+        return _digest(f"group\0{named}")  # NUL: no first user turn is taken for the name of a group
     if isinstance(example, Document):
         return _digest(_normal(example.text))
-    if isinstance(example, Answered) and example.group:
-        return _digest(f"group\0{example.group}")  # NUL: no first user turn is taken for the name of a group
     turns = example.prompt if isinstance(example, Answered) else example.messages
     first = next((message.content for message in turns if message.role == "user"), "")
     return _digest(_normal(first).casefold())

@@ -1,6 +1,6 @@
 """Rows of all sources as one stream: normalised, repaired, without repetitions, mixed by weight.
 
-The same for examples, preferences and judged answers; a `_Kind` says what differs.
+The same for examples, preferences, judged answers and prompts; a `_Kind` says what differs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from gemma_tune.data.by_hand import check_by_hand
 from gemma_tune.data.cells import RowError, SourceRow
 from gemma_tune.data.keys import group_of, key_of, texts_of
 from gemma_tune.data.pair_policies import apply_judged_policies, apply_pair_policies
-from gemma_tune.data.policies import Drop, Policies, Repaired, apply_policies
+from gemma_tune.data.policies import Drop, Policies, Repaired, apply_policies, apply_prompt_policies
+from gemma_tune.data.prompt_rows import Asked, asked
 from gemma_tune.data.report import Tally
 from gemma_tune.data.sources import Opened, Wanted, open_source
 from gemma_tune.errors import Problem, UserError
@@ -121,6 +122,27 @@ def read_judged(
             yield Kept(judged, one.where, one.group)
 
 
+def read_prompts(
+    sources: Sequence[Mapping[str, Any]],
+    family: Family,
+    policies: Policies,
+    tally: Tally,
+    *,
+    deduplicate: bool = True,
+    seed: int = 0,
+) -> Iterator[Kept[Conversation]]:
+    """Every usable prompt, once, as `read_examples` reads examples: what comes before the last turn of the model.
+
+    Raises:
+        UserError: as `read_examples`.
+    """
+
+    def repair(row: Asked) -> Repaired[Conversation] | Drop:
+        return apply_prompt_policies(row.prompt, family, policies)
+
+    return _mixed(_Kind("prompts", repair), sources, family, policies, tally, deduplicate, False, seed)
+
+
 def one_by_one(row: Answered) -> Iterator[Judged]:
     """A judged answer as it is, a pair as two of them."""
     if isinstance(row, Judged):
@@ -164,7 +186,8 @@ def _usable(
     for row in rows:
         tally.row(source.label)
         try:
-            repaired = kind.repair(_example(row.value, source, kind.wanted))
+            read = _example(row.value, source, kind.wanted)
+            repaired = kind.repair(read)
             key = b"" if isinstance(repaired, Drop) else key_of(repaired.example)
         except RowError as error:
             if policies.on_bad_row == "error":
@@ -181,14 +204,21 @@ def _usable(
             seen.add(key)
         for name in repaired.repairs:
             tally.repair(name, row.where)
-        _note_oddities(repaired.example, family, tally, row.where)
-        yield Kept(repaired.example, row.where, group_of(repaired.example))
+        how = "read" if kind.wanted == "prompts" else "trained"
+        _note_oddities(repaired.example, family, tally, row.where, how)
+        named = read.group if isinstance(read, Asked) else ""
+        yield Kept(repaired.example, row.where, group_of(repaired.example, named))
 
 
-_BY_HAND = {"examples": (Conversation, Document), "preferences": (Preference,), "judged": (Judged, Preference)}
+_BY_HAND: dict[Wanted, tuple[type, ...]] = {
+    "examples": (Conversation, Document),
+    "preferences": (Preference,),
+    "judged": (Judged, Preference),
+    "prompts": (Conversation, Document, Preference, Judged),
+}
 
 
-def _example(value: Any, source: Opened, wanted: Wanted) -> Example | Answered:
+def _example(value: Any, source: Opened, wanted: Wanted) -> Example | Answered | Asked:
     if isinstance(value, RowError):
         raise value
     if not isinstance(value, (Conversation, Document, Preference, Judged)):
@@ -202,7 +232,7 @@ def _example(value: Any, source: Opened, wanted: Wanted) -> Example | Answered:
             kind="example of another stage",
         )
     check_by_hand(value)
-    return value
+    return asked(value) if wanted == "prompts" else value
 
 
 def _bad_rows(
@@ -227,11 +257,11 @@ def _bad_rows(
     return UserError(problems[0].what, problems=problems)
 
 
-def _note_oddities(example: Example | Answered, family: Family, tally: Tally, where: str) -> None:
+def _note_oddities(example: Example | Answered, family: Family, tally: Tally, where: str, how: str) -> None:
     texts = texts_of(example)
     spelled = _spellings(family)
     if any(spelled.search(text) for text in texts):
-        tally.note("text that looks like a control token, trained as plain text", where)
+        tally.note(f"text that looks like a control token, {how} as plain text", where)
     if any("\0" in text for text in texts):
         tally.note("NUL character", where)
 

@@ -1,4 +1,4 @@
-"""From preferences and judged answers to rows of token ids: render, fit, store."""
+"""From preferences, judged answers and prompts to rows of token ids: render, fit, store."""
 
 from __future__ import annotations
 
@@ -14,17 +14,27 @@ from gemma_tune.data.mix import Kept
 from gemma_tune.data.policies import Drop, Policies
 from gemma_tune.data.tokens import TrainRow, in_chunks
 from gemma_tune.errors import UserError
-from gemma_tune.gemma.chat import Encoder, RenderedAnswer, RenderedPair, render_judged, render_preferences
-from gemma_tune.gemma.conversation import Answered, Judged, Preference
+from gemma_tune.gemma.chat import (
+    Encoder,
+    RenderedAnswer,
+    RenderedPair,
+    RenderedPrompt,
+    render_judged,
+    render_preferences,
+    render_prompts,
+)
+from gemma_tune.gemma.conversation import Answered, Conversation, Judged, Message, Preference
 from gemma_tune.gemma.families import Family
 
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of a prepared pair, each a list of int32 ids."""
 JUDGED_PARTS = ("prompt_ids", "completion_ids")
 """Those of a judged answer."""
+PROMPT_PARTS = ("prompt_ids",)
+"""That of a prompt."""
 
-A = TypeVar("A", bound=Answered)
-R = TypeVar("R", bound=RenderedPair | RenderedAnswer)
+A = TypeVar("A", bound=Answered | Conversation)
+R = TypeVar("R", bound=RenderedPair | RenderedAnswer | RenderedPrompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,7 @@ class Fitted(Generic[A, R]):
 
 FittedPair = Fitted[Preference, RenderedPair]
 FittedAnswer = Fitted[Judged, RenderedAnswer]
+FittedPrompt = Fitted[Conversation, RenderedPrompt]
 
 
 def tokenise_pairs(
@@ -74,6 +85,20 @@ def tokenise_judged(
     return _tokenise(kept, render, policies, max_length, workers)
 
 
+def tokenise_prompts(
+    kept: Iterable[Kept[Conversation]],
+    family: Family,
+    encoder: Encoder,
+    policies: Policies,
+    *,
+    max_length: int,
+    workers: int = 1,
+) -> Iterator[tuple[Kept[Conversation], FittedPrompt | Drop]]:
+    """Every prompt with its ids, as `tokenise_pairs` does it for pairs; nothing is added for the response."""
+    render = partial(render_prompts, family=family, encoder=encoder)
+    return _tokenise(kept, render, policies, max_length, workers)
+
+
 def _tokenise(
     kept: Iterable[Kept[A]],
     render: Callable[[Sequence[A]], list[R]],
@@ -89,18 +114,26 @@ def _tokenise(
             elif policies.on_overlong == "drop":
                 yield one, Drop("longer than max_length")
             elif policies.on_overlong == "error":
-                raise UserError(
-                    f"{longest:,} tokens, above data.max_length {max_length:,}",
-                    where=one.where,
-                    fix="raise data.max_length, or set data.on_overlong: truncate or drop",
-                )
+                raise _too_long(row, max_length, one.where)
             else:
                 yield one, _shortened(one.example, render, max_length)
 
 
-def length(rendered: RenderedPair | RenderedAnswer) -> int:
+def _too_long(rendered: RenderedPair | RenderedAnswer | RenderedPrompt, max_length: int, where: str) -> UserError:
+    limit, remedy = f"data.max_length {max_length:,}", "raise data.max_length"
+    if isinstance(rendered, RenderedPrompt):
+        limit = f"the {max_length:,} that data.max_length leaves a prompt"
+        remedy += ", lower ppo.max_new_tokens"
+    return UserError(
+        f"{length(rendered):,} tokens, above {limit}",
+        where=where,
+        fix=f"{remedy}, or set data.on_overlong: truncate or drop",
+    )
+
+
+def length(rendered: RenderedPair | RenderedAnswer | RenderedPrompt) -> int:
     """Tokens of its longest sequence."""
-    return len(rendered.prompt) + max(map(len, rendered.answers))
+    return len(rendered.prompt) + max(map(len, rendered.answers), default=0)
 
 
 def with_shorter_prompt(preference: Preference, family: Family, encoder: Encoder, max_length: int) -> FittedPair | Drop:
@@ -113,15 +146,19 @@ def with_shorter_prompt(preference: Preference, family: Family, encoder: Encoder
 
 
 def _shortened(row: A, render: Callable[[Sequence[A]], list[R]], max_length: int) -> Fitted[A, R] | Drop:
-    first = row.prompt[0]
-    system = (first,) if first.role == "system" else ()
-    begins = [place for place, message in enumerate(row.prompt) if message.role == "user"]
+    turns = row.messages if isinstance(row, Conversation) else row.prompt
+    system = turns[:1] if turns[0].role == "system" else ()
+    begins = [place for place, message in enumerate(turns) if message.role == "user"]
     for place in begins[1:]:
-        shorter = replace(row, prompt=(*system, *row.prompt[place:]))
+        shorter = _asking(row, (*system, *turns[place:]))
         (rendered,) = render([shorter])
         if length(rendered) <= max_length:
             return Fitted(shorter, rendered, ("oldest turns of the prompt left out",))
-    return Drop("prompt and answer longer than max_length")
+    return Drop(f"{'prompt' if isinstance(row, Conversation) else 'prompt and answer'} longer than max_length")
+
+
+def _asking(row: A, turns: tuple[Message, ...]) -> A:
+    return replace(row, messages=turns) if isinstance(row, Conversation) else replace(row, prompt=turns)
 
 
 class AnswerRows:
@@ -142,7 +179,7 @@ class AnswerRows:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def append(self, rendered: RenderedPair | RenderedAnswer, number: float = 0.0) -> None:
+    def append(self, rendered: RenderedPair | RenderedAnswer | RenderedPrompt, number: float = 0.0) -> None:
         for ids in (rendered.prompt, *rendered.answers):
             self._ids.extend(ids)
             self._ends.append(len(self._ids))
@@ -153,7 +190,7 @@ class AnswerRows:
         size = len(self._parts)
         start, prompt, *answers = self._ends[index * size : (index + 1) * size + 1]
         begins = (prompt, *answers)
-        return prompt - start + max(end - begin for begin, end in zip(begins, answers, strict=False))
+        return prompt - start + max((end - begin for begin, end in zip(begins, answers, strict=False)), default=0)
 
     def row(self, index: int) -> TrainRow:
         """The ids as int32 arrays, and the number."""

@@ -18,10 +18,10 @@ from gemma_tune.data.policies import Drop, Policies
 from gemma_tune.data.report import PairFigures, Tally
 from gemma_tune.data.spool import Spool
 from gemma_tune.gemma.chat import Encoder
-from gemma_tune.gemma.conversation import Answered, Preference
+from gemma_tune.gemma.conversation import Answered, Conversation, Preference
 from gemma_tune.gemma.families import Family
 
-A = TypeVar("A", bound=Answered)
+A = TypeVar("A", bound=Answered | Conversation)
 
 FORMAT = 1
 """Raised when the same recipe and data would give other rows than before: it is part of the fingerprint."""
@@ -114,9 +114,10 @@ def prepare(
     batch: int,
     seed: int,
     arrange: Callable[[Sequence[int], Sequence[bytes]], list[int]] = lambda order, groups: list(order),
+    train_examples: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Prepared[A]:
-    """What pairs and judged answers share once they are tokenised: count, split, order, store.
+    """What pairs, judged answers and prompts share once they are tokenised: count, split, order, store.
 
     Args:
         fitted: rows with their ids, or why they are dropped.
@@ -126,6 +127,7 @@ def prepare(
         figures: prepared rows -> what the report says of them beside the counts.
         settings: all that decides about the rows, for the fingerprint.
         arrange: (order of the training rows, group of each row) -> the order in which they are trained.
+        train_examples: whether those of the training rows are wanted as well.
         progress: called with the number of rows so far, now and then.
 
     Raises:
@@ -155,10 +157,11 @@ def prepare(
     train, train_digest = make_dataset((rows.row(index) for index in kept_order), features, hashed=list(features))
     held_out, held_digest = make_dataset((rows.row(index) for index in held_order), features, hashed=list(features))
     examples = [spool[index] for index in held_order]
+    trained = [spool[index] for index in kept_order] if train_examples else []
     digest = fingerprint(settings, spool.sha256(), train_digest, held_digest)
     spool.close()
     report = tally.report(documents=len(train), held_out=len(held), rows=len(train), **figures(train))
-    return Prepared(train, held_out, examples, report, digest)
+    return Prepared(train, held_out, examples, report, digest, trained)
 
 
 def _figures(train: datasets.Dataset) -> dict[str, Any]:

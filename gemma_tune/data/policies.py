@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Generic, Literal, TypeVar
 
 from gemma_tune.data.cells import RowError
-from gemma_tune.gemma.chat import check_conversation, written_text
+from gemma_tune.gemma.chat import check_conversation, check_prompt, written_text
 from gemma_tune.gemma.conversation import Answered, Conversation, Document, Example, Message
 from gemma_tune.gemma.families import Family
 
@@ -58,15 +58,33 @@ def apply_policies(example: Example, family: Family, policies: Policies) -> Repa
     """
     if isinstance(example, Document):
         return Repaired(example)
+    found = _repaired(example, family, policies, prompt=False)
+    return found if isinstance(found, Drop) else Repaired(found.example, found.repairs)
+
+
+def apply_prompt_policies(prompt: Conversation, family: Family, policies: Policies) -> Repaired[Conversation] | Drop:
+    """Make `prompt`, which does not end with a turn of the model, one that `family` can be asked.
+
+    Raises:
+        RowError: as `apply_policies`.
+    """
+    return _repaired(prompt, family, policies, prompt=True)
+
+
+def _repaired(
+    example: Conversation, family: Family, policies: Policies, *, prompt: bool
+) -> Repaired[Conversation] | Drop:
     repairs: list[str] = []
     turns: list[Turn] = list(enumerate(example.messages, 1))
     try:
         turns = _without_empty_system(turns, repairs)
         _check_system(turns)
         turns = _system(turns, family, policies, repairs)
-        turns = _without_trailing_user(turns, repairs)
-        if not any(message.role == "model" for _, message in turns):
-            return Drop("no model turn")
+        if not prompt:
+            turns = _without_trailing_user(turns, repairs)
+        needed = "user" if prompt else "model"
+        if not any(message.role == needed for _, message in turns):
+            return Drop(f"no {needed} turn")
         _check_empty(turns, family, policies)
         turns = _with_paired_answers(turns, family, repairs)
         example = _without_unknown_features(example, turns, family, repairs)
@@ -75,7 +93,7 @@ def apply_policies(example: Example, family: Family, policies: Policies) -> Repa
     except _Dropped as dropped:
         return Drop(dropped.reason)
     repaired = replace(example, messages=tuple(message for _, message in turns))
-    reason = check_conversation(repaired, family)
+    reason = (check_prompt if prompt else check_conversation)(repaired, family)
     if reason:
         raise RowError(reason, fix=f"correct the row, or set {ON_BAD_ROW}", kind="refused by this Gemma's template")
     return Repaired(repaired, tuple(repairs))

@@ -37,6 +37,19 @@ class JudgedFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptFigures:
+    """The prompts that are answered in the training.
+
+    Attributes:
+        tokens: mean tokens of a prompt, the opening of the model's turn counted.
+        longest: tokens of the longest one.
+    """
+
+    tokens: float
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """The data of a run in numbers.
 
@@ -47,16 +60,18 @@ class DataReport:
         noted: rows by peculiarity that changes nothing (text that looks like a control token).
         first: name of a repair, drop or note -> the first row that had it.
         remarks: one sentence each.
-        held_out: conversations and plain texts that are held out; a text that was split counts by its pieces. Pairs or
-            judged answers, where the rows are such.
+        held_out: conversations and plain texts that are held out; a text that was split counts by its pieces. Pairs,
+            judged answers or prompts, where the rows are such.
         documents: those that are trained, counted alike; like all that follows, None where they are streamed.
         rows: training rows: packs, or documents where packing is off.
         tokens: tokens in the training rows, padding not counted. Of a pair: in its two sequences, so that the prompt
             counts twice.
-        trained_tokens: those of them that carry loss. Of a pair: those of its answers.
-        fill: tokens / (rows * max_length); how full the packs are. None where the rows are pairs or judged answers.
+        trained_tokens: those of them that carry loss. Of a pair: those of its answers. Of a prompt: none.
+        fill: tokens / (rows * max_length); how full the packs are. None where the rows are pairs, judged answers or
+            prompts.
         pairs: None where the rows are no pairs.
         judged: None where the rows are no judged answers.
+        prompts: None where the rows are no prompts.
     """
 
     read: Mapping[str, int]
@@ -73,6 +88,7 @@ class DataReport:
     fill: float | None = None
     pairs: PairFigures | None = None
     judged: JudgedFigures | None = None
+    prompts: PromptFigures | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +117,10 @@ class DataReport:
             means = {"good": kinds.good_tokens, "bad": kinds.bad_tokens}
             shown = ", ".join(f"{name} {mean:.1f} tokens" for name, mean in means.items() if mean is not None)
             yield f"answers on average: {shown}"
+        elif self.prompts is not None:
+            yield f"{self.rows:,} training prompts, {self.held_out:,} held out"
+            mean, longest = self.prompts.tokens, self.prompts.longest
+            yield f"{self.tokens:,} tokens in the prompts: {mean:.1f} on average, {longest:,} in the longest"
         else:
             yield (
                 f"{self.documents:,} documents in {self.rows:,} training rows ({self.fill:.0%} full), "

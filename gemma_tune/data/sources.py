@@ -6,10 +6,7 @@ A new named set is one function: what a row becomes, under a decorator that says
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,16 +14,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from gemma_tune.data import judgements, preferences, rows
+from gemma_tune.data import judgements, preferences, prompt_rows, rows
 from gemma_tune.data.cells import SourceRow
 from gemma_tune.data.files import read_file, suffix_of
+from gemma_tune.data.prompt_rows import Asked
 from gemma_tune.errors import GemmaTuneError, UserError
 from gemma_tune.gemma.conversation import Answered, Conversation, Document, Example, Judged, Preference
+from gemma_tune.recipe.functions import UserFunction, failure, is_function, load_user_function
 from gemma_tune.recipe.shipped import sample_file
 
-Wanted = Literal["examples", "preferences", "judged"]
-"""What a stage makes of its rows: conversations and documents (sft), pairs of answers (reward, dpo), or judged answers
-(kto), which it makes of pairs as well."""
+Wanted = Literal["examples", "preferences", "judged", "prompts"]
+"""What a stage makes of its rows: conversations and documents (sft), pairs of answers (reward, dpo), judged answers
+(kto), which it makes of pairs as well, or prompts (ppo), which it makes of all but documents."""
 Read = TypeVar("Read", bound=Callable[..., Example | Answered])
 
 
@@ -109,12 +108,12 @@ class Opened:
     Attributes:
         label: how its rows are named to a person.
         rows: its rows; a value is a mapping, an example, or the `RowError` that says why there is none.
-        to_example: turns the value of a row into an example, or raises `RowError`.
+        to_example: turns the value of a row into an example, or into what it asks, or raises `RowError`.
     """
 
     label: str
     rows: Iterator[SourceRow]
-    to_example: Callable[[Any], Example | Answered] = field(repr=False)
+    to_example: Callable[[Any], Example | Answered | Asked] = field(repr=False)
 
     def __iter__(self) -> Iterator[SourceRow]:
         return self.rows
@@ -134,12 +133,12 @@ def open_source(source: Mapping[str, Any], *, wanted: Wanted = "examples", strea
     """
     name = source["name"]
     known = NAMED.get(name)
-    if known and known.holds != wanted and (known.holds, wanted) != ("preferences", "judged"):
+    if known and wanted not in ("prompts", known.holds) and (known.holds, wanted) != ("preferences", "judged"):
         raise _other_stage(known, wanted)
     if re.match(r"https?://", name):
         raise UserError(f"{name!r} is an address", where="data.sources", fix="download the file and give its path")
-    if ".py:" in name or name.endswith(".py"):
-        label, found = name, _function_rows(name)
+    if is_function(name):
+        label, found = name, _called(load_user_function(name))
     elif known:
         label, found = name, _hub_rows(known.hub, name, known.split, source, wanted, streaming)
     elif name.startswith("sample:"):
@@ -156,14 +155,19 @@ def open_source(source: Mapping[str, Any], *, wanted: Wanted = "examples", strea
     return Opened(label, islice(found, limit) if limit else found, _reader(source, known, wanted))
 
 
-def _reader(source: Mapping[str, Any], known: Named | None, wanted: Wanted) -> Callable[[Any], Example | Answered]:
+def _reader(
+    source: Mapping[str, Any], known: Named | None, wanted: Wanted
+) -> Callable[[Any], Example | Answered | Asked]:
     format, columns = source.get("format") or "auto", dict(source.get("columns") or {})
     if known and format == "auto" and not columns:
-        return partial(_read_named, known)
+        read = partial(_read_named, known)
+        return (lambda row: prompt_rows.asked(read(row))) if wanted == "prompts" else read
     if wanted == "preferences":
         return partial(preferences.normalise_pair, format=format, columns=columns)
     if wanted == "judged":
         return partial(judgements.normalise_judged, format=format, columns=columns)
+    if wanted == "prompts":
+        return partial(prompt_rows.normalise_prompt, format=format, columns=columns)
     return partial(rows.normalise, format=format, columns=columns)
 
 
@@ -283,43 +287,10 @@ def _why_not_found(hub: str, revision: str | None) -> Exception | None:
 # ------------------------------------------------------------------------------------------------- a function by path
 
 
-def _function_rows(name: str) -> Iterator[SourceRow]:
-    path_text, _, function_name = name.partition(".py")
-    path, function_name = Path(path_text + ".py").expanduser(), function_name.lstrip(":")
-    if not path.is_file():
-        raise UserError("no such file", where=str(path), fix="paths are relative to the working directory")
-    if not function_name:
-        raise UserError("which function of the file?", where=name, fix=f"write {path}:NAME")
-    module = _module(path)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(function_name, defined, 1) or defined[:3]
-        raise UserError(
-            f"has no function {function_name!r}",
-            where=str(path),
-            fix=f"did you mean {', '.join(near)}?" if near else "",
-        )
-    return _called(function, path, function_name)
-
-
-def _module(path: Path) -> Any:
-    """Run the file under a name of its own. It is the user's own code, named on the user's own command line."""
-    spec = importlib.util.spec_from_file_location(f"_gemma_tune_source_{path.stem}", path.resolve())
-    if spec is None or spec.loader is None:
-        raise UserError("cannot be imported", where=str(path))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
+def _called(function: UserFunction) -> Iterator[SourceRow]:
+    path, name = function.path, function.name
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise _raised(error, path) from error
-    return module
-
-
-def _called(function: Callable[[], Any], path: Path, name: str) -> Iterator[SourceRow]:
-    try:
-        found = function()
+        found = function.call()
         if isinstance(found, (str, bytes, Mapping, Conversation, Document, Preference, Judged)) or not hasattr(
             found, "__iter__"
         ):
@@ -331,16 +302,4 @@ def _called(function: Callable[[], Any], path: Path, name: str) -> Iterator[Sour
     except GemmaTuneError:
         raise
     except Exception as error:
-        raise _raised(error, path) from error
-
-
-def _raised(error: Exception, path: Path) -> UserError:
-    file = str(path.resolve())
-    if isinstance(error, SyntaxError) and error.filename == file:
-        return UserError(f"SyntaxError: {error.msg}", where=f"{path}:{error.lineno}", fix="correct the file")
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    place = f"{path}:{lines[-1]}" if lines else str(path)
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0].replace("_", "-")
-        return UserError(f"it imports {error.name}, which is not installed", where=place, fix=f"pip install {package}")
-    return UserError(f"{type(error).__name__}: {error}", where=place, fix="correct the function")
+        raise UserError.of([failure(error, path)]) from error

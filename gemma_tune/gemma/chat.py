@@ -11,7 +11,7 @@ Never headers, never tool responses, never the newline after a turn end.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from gemma_tune.errors import UserError
@@ -76,6 +76,17 @@ class RenderedAnswer:
         return (self.answer,)
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A prompt alone as token ids, as in `RenderedPair`."""
+
+    prompt: list[int]
+
+    @property
+    def answers(self) -> tuple[list[int], ...]:
+        return ()
+
+
 def render(conversation: Conversation, family: Family, encoder: Encoder, train_on: TrainOn = "model_turns") -> Rendered:
     """One conversation. See `render_many`."""
     return render_many([conversation], family, encoder, train_on)[0]
@@ -111,8 +122,18 @@ def render_prompt(conversation: Conversation, family: Family, encoder: Encoder) 
     Raises:
         UserError: as `render_many`.
     """
-    script = _write(conversation, family, prompt=True)
-    return _assemble(script, family, _encode([script], family, encoder), "model_turns").ids
+    return render_prompts([conversation], family, encoder)[0].prompt
+
+
+def render_prompts(conversations: Sequence[Conversation], family: Family, encoder: Encoder) -> list[RenderedPrompt]:
+    """Prompts as `render_prompt` makes them, with one call of the encoder for all of them.
+
+    Raises:
+        UserError: as `render_many`.
+    """
+    scripts = [_write(conversation, family, prompt=True) for conversation in conversations]
+    encoded = _encode(scripts, family, encoder)
+    return [RenderedPrompt(_assemble(script, family, encoded, "model_turns").ids) for script in scripts]
 
 
 def render_preferences(preferences: Sequence[Preference], family: Family, encoder: Encoder) -> list[RenderedPair]:
@@ -164,6 +185,18 @@ def check_answers(row: Answered, family: Family) -> str | None:
     for name, side in zip(row.answers, sides, strict=True):
         if not _begins_with(side, prompt):
             return f"{name}: {family.label} is not prompted for this answer: its prompt already says something else"
+    return None
+
+
+def check_prompt(conversation: Conversation, family: Family) -> str | None:
+    """Why this generation cannot be asked to go on behind the conversation; None where it can."""
+    reason = check_conversation(conversation, family)
+    if reason is not None:
+        return reason
+    answer = Message("model", "x", thinking="x" if conversation.thinking else None)
+    whole = replace(conversation, messages=(*conversation.messages, answer))
+    if not _begins_with(_write(whole, family), _write(conversation, family, prompt=True)):
+        return f"{family.label} is not prompted for an answer here: its turn is over, and no new one is opened"
     return None
 
 

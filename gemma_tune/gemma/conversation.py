@@ -116,6 +116,14 @@ class Judged:
         return _followed(self, answer)
 
 
+def as_messages(conversation: Conversation) -> list[dict[str, str]]:
+    """The turns as others write them: `{"role", "content"}`, and `assistant` for the model."""
+    return [
+        {"role": "assistant" if message.role == "model" else message.role, "content": message.content}
+        for message in conversation.messages
+    ]
+
+
 def _followed(asked: Preference | Judged, answer: Message | None) -> Conversation:
     turns = asked.prompt if answer is None else (*asked.prompt, answer)
     return Conversation(turns, tools=asked.tools, thinking=asked.thinking)

@@ -394,8 +394,28 @@ def _tokenizer_of(saved: _Saved, family: Family) -> PreTrainedTokenizerBase:
 
 def open_adapter(base: PreTrainedModel, folder: Path, *, name: str = TRAINED, trained: bool = False) -> PeftModel:
     """Put a saved adapter on its base. PEFT only warns where tensors are missing or left over; here it is an error."""
-    import torch
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
+
+    with _refusing_foreign(folder) as saved:
+        model = PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trained)
+    _check_tensors(model, folder, name, saved)
+    return model.eval()
+
+
+def add_saved(model: PeftModel, folder: Path, name: str) -> None:
+    """Put a further saved adapter beside those that `model` has; what speaks and what is trained is up to the caller.
+
+    Raises:
+        UserError: as `open_adapter`.
+    """
+    with _refusing_foreign(folder) as saved:
+        model.load_adapter(str(folder), name, is_trainable=False)
+    _check_tensors(model, folder, name, saved)
+
+
+@contextmanager
+def _refusing_foreign(folder: Path) -> Iterator[set[str]]:
+    """The names of the saved tensors; what PEFT raises when it loads them says what to do about it."""
     from safetensors import SafetensorError, safe_open
 
     if not (folder / WEIGHTS).is_file():
@@ -405,13 +425,19 @@ def open_adapter(base: PreTrainedModel, folder: Path, *, name: str = TRAINED, tr
             saved = set(file.keys())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error
-            model = PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trained)
+            yield saved
     except SafetensorError as exc:
         raise UserError(f"it is damaged: {exc}", where=str(folder / WEIGHTS), fix="copy the adapter again") from exc
     except (RuntimeError, ValueError) as exc:
         raise UserError(
             "this adapter does not fit the base model", where=str(folder), fix="use the base that it was trained on"
         ) from exc
+
+
+def _check_tensors(model: PeftModel, folder: Path, name: str, saved: set[str]) -> None:
+    import torch
+    from peft import get_peft_model_state_dict
+
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if saved != state.keys():
         odd = sorted(saved ^ state.keys())
@@ -429,4 +455,3 @@ def open_adapter(base: PreTrainedModel, folder: Path, *, name: str = TRAINED, tr
             raise UserError(
                 f"{tensor} is not finite", where=str(folder / WEIGHTS), fix="train it again, or copy an intact one"
             )
-    return model.eval()

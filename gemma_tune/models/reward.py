@@ -23,13 +23,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from gemma_tune.errors import TrainingError, UserError
 from gemma_tune.gemma.families import Family
 from gemma_tune.models.lora import load_adapted
-from gemma_tune.plan.facts import read_json
-from gemma_tune.plan.starts import REWARD_HEAD, adapter_folder
+from gemma_tune.plan.starts import REWARD_HEAD, STATS_FILE, adapter_folder, check_stats, read_stats
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-STATS_FILE = "reward_stats.json"
 
 
 class RewardHead(nn.Module):
@@ -178,7 +175,17 @@ def load_reward(target: str | Path, **changes: Any) -> tuple[RewardModel, Any, F
     stats = read_stats(folder)
     trunk, tokenizer, family = load_adapted(folder, **changes)
     check_stats(stats, family, str(folder))
-    head = RewardHead(base_of(trunk).config.get_text_config().hidden_size)
+    head = open_head(folder, base_of(trunk).config.get_text_config().hidden_size)
+    return RewardModel(trunk, head).eval(), tokenizer, family, stats
+
+
+def open_head(folder: Path, width: int) -> RewardHead:
+    """The head in the adapter folder of a reward model whose base has hidden states of `width`.
+
+    Raises:
+        UserError: it is damaged, not finite, or of another width.
+    """
+    head = RewardHead(width)
     try:
         head.load_state_dict(load_file(str(folder / REWARD_HEAD)))
     except (SafetensorError, RuntimeError) as exc:
@@ -189,36 +196,4 @@ def load_reward(target: str | Path, **changes: Any) -> tuple[RewardModel, Any, F
         ) from exc
     if not all(torch.isfinite(tensor).all() for tensor in head.state_dict().values()):
         raise UserError("the reward head is not finite", where=str(folder / REWARD_HEAD), fix="train it again")
-    return RewardModel(trunk, head).eval(), tokenizer, family, stats
-
-
-def read_stats(folder: Path) -> dict[str, Any]:
-    """reward_stats.json of an adapter folder.
-
-    Raises:
-        UserError: it holds no reward model, or the file is missing or damaged.
-    """
-    if not (folder / REWARD_HEAD).is_file():
-        raise UserError("this is no reward model", where=str(folder), fix="give a run of `gemma-tune reward`")
-    if not (folder / STATS_FILE).is_file():
-        raise UserError(f"{STATS_FILE} is missing", where=str(folder), fix="copy the adapter again, all of its files")
-    return dict(read_json(folder / STATS_FILE))
-
-
-def check_stats(stats: Mapping[str, Any], family: Family, where: str) -> None:
-    """Refuse a reward model that would rate another rendering than the one that it was trained on.
-
-    Raises:
-        UserError: another generation, template, or token to read the reward at.
-    """
-    for key, now in (
-        ("family", family.name),
-        ("template_sha256", family.template_sha256),
-        ("token_id", family.turn_end_id),
-    ):
-        if stats.get(key) != now:
-            raise UserError(
-                f"the reward model was trained with {key} {stats.get(key)!r}, here it is {now!r}",
-                where=where,
-                fix="train it again, or use the version of gemma-tune that made it",
-            )
+    return head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gemma_tune.errors import UserError
@@ -9,11 +10,12 @@ from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Shape
 from gemma_tune.plan.choices_model import BYTES, Precision, choose_attention, lora_choices
 from gemma_tune.plan.machine import GIB, Machine
-from gemma_tune.plan.memory import Workload, estimate, total
-from gemma_tune.plan.stages import continues, has_reference, least_micro
+from gemma_tune.plan.memory import estimate, phases, total
+from gemma_tune.plan.stages import continues, group, has_reference, least_micro, updates
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Choice
-from gemma_tune.recipe.schema import Recipe
+from gemma_tune.plan.workload import Roles, Workload
+from gemma_tune.recipe.schema import Adapter, Recipe
 
 # Share of the memory that the estimate may fill: it is an estimate, and others use the device too.
 BUDGET = 0.9
@@ -22,15 +24,21 @@ BUDGET = 0.9
 # from more than the first.
 ENOUGH_TOKENS = 2048
 MOST_TOKENS = {"cuda": 16_384, "cpu": 2048}
+# Responses that a rollout of PPO draws at a time, at most. Each step reads all weights once, however many there are.
+MOST_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """How a global batch is worked off, and the workload of one pass."""
+    """How a global batch is worked off, and the workload of one pass.
+
+    `evaluation`: rows in a pass without a gradient; in PPO, responses that are drawn at a time.
+    """
 
     micro: Choice
     accumulation: Choice
     checkpointing: Choice
+    evaluation: Choice
     work: Workload
 
 
@@ -39,28 +47,51 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def accumulation_steps(size: int, micro: int, processes: int, least: int = 1) -> int:
-    """Passes of one process in an optimizer step; a pass cannot have fewer than `least` rows.
+def accumulation_steps(size: int, micro: int, processes: int, least: int = 1, minibatches: int = 1) -> int:
+    """Passes of one process over the rows of a step; a pass cannot have fewer than `least` rows.
 
     Raises:
-        UserError: `size` is not a multiple of what all processes take in one pass.
+        UserError: `size` is not a multiple of what all processes take in one pass of each minibatch.
     """
-    step = micro * processes
+    step = micro * processes * minibatches
     if size % step == 0:
-        return size // step
+        return size // (micro * processes)
     nearest = [multiple for multiple in (size // step * step, (size // step + 1) * step) if multiple]
+    parts = f" x {minibatches} minibatches" if minibatches > 1 else ""
     raise UserError(
         f"batch.size {size} cannot be split: {processes} {'process' if processes == 1 else 'processes'} x "
-        f"micro {micro} = {step} does not divide {size}. Nearest: {' or '.join(map(str, nearest))}.",
+        f"micro {micro}{parts} = {step} does not divide {size}. Nearest: {' or '.join(map(str, nearest))}.",
         fix=f"set batch.size: {nearest[-1]}" + (", or a smaller batch.micro" if micro > least else ""),
     )
 
 
+def check_groups(recipe: Recipe, processes: int) -> None:
+    """The responses to one prompt are compared with each other, so that one process must have them all.
+
+    Raises:
+        UserError: they cannot be dealt out to the processes.
+    """
+    size, together = recipe.batch.size, group(recipe)
+    step = processes * together
+    if together > 1 and size % step:
+        nearest = [multiple for multiple in (size // step * step, (size // step + 1) * step) if multiple]
+        raise UserError(
+            f"batch.size {size} cannot be split: {processes} processes x {together} responses to a prompt = {step} "
+            f"does not divide {size}. Nearest: {' or '.join(map(str, nearest))}.",
+            fix=f"set batch.size: {nearest[-1]}",
+        )
+
+
+def can_split(recipe: Recipe, processes: int) -> bool:
+    """Whether so many processes can share the global batch."""
+    micro = least_micro(recipe.stage) if recipe.batch.micro == "auto" else recipe.batch.micro
+    size = recipe.batch.size
+    return size % (processes * micro * updates(recipe)) == 0 and size % (processes * group(recipe)) == 0
+
+
 def most_processes(recipe: Recipe, machine: Machine) -> int:
     """As many processes, one a device, as the global batch can be split over: what one would start on that machine."""
-    micro = least_micro(recipe.stage) if recipe.batch.micro == "auto" else recipe.batch.micro
-    fitting = (count for count in range(machine.world_size, 1, -1) if recipe.batch.size % (count * micro) == 0)
-    return next(fitting, 1)
+    return next((count for count in range(machine.world_size, 1, -1) if can_split(recipe, count)), 1)
 
 
 def workload(
@@ -70,12 +101,13 @@ def workload(
     precision: Precision,
     optimizer: str,
     start: Start | None,
+    rewards: Sequence[Start],
     world_size: int,
 ) -> Workload:
     """What decides about memory, for one row in a pass and without recomputation."""
     lora = lora_choices(recipe, family, start)
     saved = start is not None and continues(recipe)
-    # A copy of what DPO and KTO begin with is their reference; an adapter below a new one is frozen in every stage.
+    # DPO, KTO and PPO keep a copy of what they begin with as reference; what lies below a new one is always frozen.
     frozen = start is not None and (has_reference(recipe.stage) or not saved)
     silent = recipe.stage != "sft"
     return Workload(
@@ -99,6 +131,26 @@ def workload(
         attention=choose_attention(recipe, family).value,
         checkpointing=False,
         world_size=world_size,
+        roles=_roles(recipe, rewards, world_size) if recipe.stage == "ppo" else None,
+    )
+
+
+def _roles(recipe: Recipe, rewards: Sequence[Start], world_size: int) -> Roles:
+    """The critic is a copy of the first reward model that rewards; without one it is as the recipe's `adapter`."""
+    ppo = recipe.ppo
+    critic = ppo.critic if ppo.estimator == "gae" else None
+    rank, targets = 0, "all-linear"
+    if critic == "adapter":
+        new = recipe.adapter or Adapter()
+        copied = rewards[ppo.models.index(ppo.judge)] if ppo.judge else None
+        rank, targets = (copied.rank, copied.targets) if copied else (new.r, new.targets)
+    return Roles(
+        critic=critic,
+        critic_rank=rank,
+        critic_targets=targets,
+        rewards=tuple((reward.rank, reward.targets) for reward in rewards),
+        together=min(MOST_TOGETHER, max(1, recipe.batch.size // world_size)),
+        prompt=recipe.data.max_length - ppo.max_new_tokens,
     )
 
 
@@ -108,23 +160,45 @@ def choose_batch(recipe: Recipe, machine: Machine, shape: Shape, work: Workload)
     Raises:
         UserError: the global batch cannot be split.
     """
-    size, processes = recipe.batch.size, work.world_size
+    size, processes, parts = recipe.batch.size, work.world_size, updates(recipe)
     least = least_micro(recipe.stage)
+    check_groups(recipe, processes)
     if recipe.batch.micro == "auto":
-        rows = _powers_of_two(accumulation_steps(size, least, processes, least) * least)
+        rows = _powers_of_two(accumulation_steps(size, least, processes, least, parts) * least // parts)
         rows = [row for row in rows if row >= least]
         rows = [row for row in rows if row == least or row * work.tokens <= MOST_TOKENS[work.device]]
     else:
-        accumulation_steps(size, recipe.batch.micro, processes, least)
+        accumulation_steps(size, recipe.batch.micro, processes, least, parts)
         rows = [recipe.batch.micro]
     asked = recipe.memory.gradient_checkpointing
-    work = _best(shape, work, rows, [False, True] if asked == "auto" else [asked], machine)
-    steps = accumulation_steps(size, work.rows, processes)
+    modes = [False, True] if asked == "auto" else [asked]
+    work = _drawn_together(shape, replace(work, rows=rows[0], checkpointing=modes[-1]), machine)
+    work = _best(shape, work, rows, modes, machine)
+    steps = accumulation_steps(size, work.rows, processes, least, parts)
     return Batch(
         micro=_micro_reason(recipe, machine, shape, work, rows),
         accumulation=Choice(steps, f"batch.size {size} = {processes} x {work.rows} x {steps}{_of_pairs(work)}"),
         checkpointing=_checkpointing_reason(recipe, machine, shape, work, rows),
+        evaluation=_evaluation_reason(shape, work),
         work=work,
+    )
+
+
+def _drawn_together(shape: Shape, work: Workload, machine: Machine) -> Workload:
+    """`work` with as many responses drawn at a time as fit beside its smallest pass, in halves of what there are."""
+    while work.roles and work.roles.together > 1 and not fits(shape, work, machine):
+        work = replace(work, roles=replace(work.roles, together=(work.roles.together + 1) // 2))
+    return work
+
+
+def _evaluation_reason(shape: Shape, work: Workload) -> Choice:
+    if not work.roles:
+        return Choice(work.rows, "as in training; evaluation keeps no activations")
+    held = {name: gib(total(terms)) for name, terms in phases(shape, work).items()}
+    return Choice(
+        work.roles.together,
+        f"responses that are drawn at a time, {MOST_TOGETHER} at most: {held['rollout']} for a rollout, and at another "
+        f"time {held['training']} for a pass of the training",
     )
 
 
@@ -171,10 +245,11 @@ def _micro_reason(recipe: Recipe, machine: Machine, shape: Shape, work: Workload
     room = f"{need} of {gib(machine.memory_bytes)}"
     if work.rows < rows[-1]:
         return Choice(work.rows, f"the largest power of two that fits in {BUDGET:.0%} of the memory: {room}")
-    share = recipe.batch.size // work.world_size
+    share = recipe.batch.size // work.world_size // updates(recipe)
     if work.tokens * 2 > MOST_TOKENS[work.device] and share % (work.rows * 2) == 0:
         return Choice(work.rows, f"{work.tokens:,} tokens a pass keep a {_unit(work)} busy: {room}")
-    return Choice(work.rows, f"the largest power of two that divides {share} {work.unit}s a process: {room}")
+    a_process = "a process" if updates(recipe) == 1 else "of a minibatch and process"
+    return Choice(work.rows, f"the largest power of two that divides {share} {work.unit}s {a_process}: {room}")
 
 
 def _unit(work: Workload) -> str:

@@ -130,11 +130,15 @@ def lora_choices(recipe: Recipe, family: Family, start: Start | None) -> dict[st
     """Keywords of `peft.LoraConfig`; empty for a full fine-tune. An adapter that is continued keeps its own."""
     if recipe.adapter is None:
         return {}
-    chosen = _saved(recipe, start) if start is not None and continues(recipe) else _new(recipe, family)
-    return chosen | {
-        "bias": Choice("none", "Gemma's linear layers have none"),
-        "task_type": Choice("CAUSAL_LM", "what is trained"),
-    }
+    if start is not None and continues(recipe):
+        return _saved(recipe, start) | _FIXED
+    return new_lora(recipe, family)
+
+
+_FIXED = {
+    "bias": Choice("none", "Gemma's linear layers have none"),
+    "task_type": Choice("CAUSAL_LM", "what is trained"),
+}
 
 
 def _saved(recipe: Recipe, start: Start) -> dict[str, Choice]:
@@ -150,7 +154,8 @@ def _saved(recipe: Recipe, start: Start) -> dict[str, Choice]:
     }
 
 
-def _new(recipe: Recipe, family: Family) -> dict[str, Choice]:
+def new_lora(recipe: Recipe, family: Family) -> dict[str, Choice]:
+    """Keywords of `peft.LoraConfig` for an adapter as the recipe's `adapter` wants it."""
     targets = written(recipe, "adapter.targets").value
     return {
         "r": written(recipe, "adapter.r"),
@@ -161,4 +166,4 @@ def _new(recipe: Recipe, family: Family) -> dict[str, Choice]:
         ),
         "use_rslora": written(recipe, "adapter.rslora"),
         "use_dora": written(recipe, "adapter.dora"),
-    }
+    } | _FIXED

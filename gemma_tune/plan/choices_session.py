@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from gemma_tune.gemma.families import Family
+from gemma_tune.plan.choices_ppo import critic_choice, rewards_choice
 from gemma_tune.plan.stages import written
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
 
 
-def session_choices(recipe: Recipe) -> dict[str, Choice]:
+def session_choices(recipe: Recipe, family: Family) -> dict[str, Choice]:
     """What the run folder, evaluation, samples, checkpoints, tracking and the stage's own code need."""
     tenth = "every: a tenth of the steps, which are known when the data is read"
     return {
@@ -20,7 +22,7 @@ def session_choices(recipe: Recipe) -> dict[str, Choice]:
         "samples": _samples(recipe),
         "checkpoint": _section(recipe.checkpoint, tenth if recipe.checkpoint.every is None else ""),
         "tracking": _section(recipe.tracking, ""),
-        **_of_stage(recipe),
+        **_of_stage(recipe, family),
     }
 
 
@@ -48,11 +50,13 @@ def _adapter(recipe: Recipe) -> Choice:
     return Choice({"start": start, "mode": mode.value}, f"recipe; adapter_mode: {mode.value} ({mode.reason}), {what}")
 
 
-def _of_stage(recipe: Recipe) -> dict[str, Choice]:
+def _of_stage(recipe: Recipe, family: Family) -> dict[str, Choice]:
     if recipe.stage == "reward":
         return {"reward": _section(recipe.reward, "")}
     if recipe.stage == "dpo":
         return {"precompute_reference": _precompute(recipe)}
+    if recipe.stage == "ppo":
+        return {"rewards": rewards_choice(recipe), "critic": critic_choice(recipe, family)}
     return {}
 
 

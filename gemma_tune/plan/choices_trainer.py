@@ -1,6 +1,8 @@
-"""Every keyword that trl's SFTConfig, RewardConfig, DPOConfig or KTOConfig receives: what the stages share.
+"""Every keyword that trl's SFTConfig, RewardConfig, DPOConfig or KTOConfig, or our PpoConfig receives: what the stages
+share.
 
-Names are those of trl 1.16 and transformers 5.23. What only pairs and judged answers need stands in `choices_pairs`.
+Names are those of trl 1.16 and transformers 5.23. What only pairs and judged answers need stands in `choices_pairs`,
+what only PPO needs in `choices_ppo`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from gemma_tune.plan.choices_pairs import (
     pair_choices,
     reward_choices,
 )
+from gemma_tune.plan.choices_ppo import ppo_choices
 from gemma_tune.plan.machine import Machine
 from gemma_tune.plan.stages import has_answers, unit, written
 from gemma_tune.plan.types import Choice
@@ -36,13 +39,19 @@ _FIXED: dict[str, str] = {
     "average_tokens_across_devices": "a token counts the same on every process",
     "eval_on_start": _OWN_EVALUATION,
     "label_names": _OWN_DATA,
-    "trust_remote_code": "no code from a model folder is run",
     "hub_token": "secrets do not belong in recipes",
 }
+_NO_REMOTE_CODE = "no code from a model folder is run"
+_OWN_LOOP = "the loop of PPO is ours, and has no use for it"
 _FIXED_OF_STAGE: dict[str, dict[str, str]] = {
-    "sft": {"truncation_mode": _OWN_DATA},
-    "reward": {"disable_dropout": NO_DROPOUT, "pad_to_multiple_of": _OWN_DATA},
+    "sft": {"truncation_mode": _OWN_DATA, "trust_remote_code": _NO_REMOTE_CODE},
+    "reward": {
+        "disable_dropout": NO_DROPOUT,
+        "pad_to_multiple_of": _OWN_DATA,
+        "trust_remote_code": _NO_REMOTE_CODE,
+    },
     "dpo": {
+        "trust_remote_code": _NO_REMOTE_CODE,
         "truncation_mode": _OWN_DATA,
         "disable_dropout": NO_DROPOUT,
         "pad_to_multiple_of": _OWN_DATA,
@@ -53,11 +62,18 @@ _FIXED_OF_STAGE: dict[str, dict[str, str]] = {
         "ref_model_sync_steps": REFERENCE,
     },
     "kto": {
+        "trust_remote_code": _NO_REMOTE_CODE,
         "disable_dropout": NO_DROPOUT,
         "pad_to_multiple_of": _OWN_DATA,
         "sync_ref_model": REFERENCE,
         "ref_model_mixup_alpha": REFERENCE,
         "ref_model_sync_steps": REFERENCE,
+    },
+    "ppo": {
+        "neftune_noise_alpha": _OWN_LOOP,
+        "use_liger_kernel": _OWN_LOOP,
+        "label_smoothing_factor": _OWN_LOOP,
+        "torch_compile": _OWN_LOOP,
     },
 }
 
@@ -71,7 +87,7 @@ def fixed(stage: str) -> dict[str, str]:
 
 
 def trainer_choices(recipe: Recipe, machine: Machine, precision: Precision, batch: Batch) -> dict[str, Choice]:
-    """Keywords of the stage's configuration in TRL, those of `advanced.trainer` last."""
+    """Keywords of the stage's configuration, those of `advanced.trainer` last."""
     chosen = {
         "output_dir": written(recipe, "output"),
         "seed": written(recipe, "seed"),
@@ -81,8 +97,7 @@ def trainer_choices(recipe: Recipe, machine: Machine, precision: Precision, batc
         **_types(machine, precision),
         **_checkpointing(batch),
         **_speaking(recipe),
-        **_data(recipe, machine),
-        **_of_stage(recipe),
+        **(ppo_choices(recipe) if recipe.stage == "ppo" else _of_trl(recipe, machine)),
     }
     unchecked = {key: Choice(value, "advanced.trainer: unchecked") for key, value in recipe.advanced.trainer.items()}
     return chosen | unchecked
@@ -92,9 +107,7 @@ def _batch(batch: Batch) -> dict[str, Choice]:
     return {
         "per_device_train_batch_size": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
-        "per_device_eval_batch_size": Choice(batch.micro.value, "as in training; evaluation keeps no activations"),
-        "average_tokens_across_devices": Choice(True, _FIXED["average_tokens_across_devices"]),
-        "ddp_find_unused_parameters": Choice(False, "every trained parameter takes part in every step"),
+        "per_device_eval_batch_size": batch.evaluation,
     }
 
 
@@ -161,6 +174,15 @@ def _speaking(recipe: Recipe) -> dict[str, Choice]:
         "save_strategy": Choice("no", _OWN_CHECKPOINTS),
         "eval_strategy": Choice("no", _OWN_EVALUATION),
     }
+
+
+def _of_trl(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
+    """What TRL's trainers are told beside that. PPO has a loop of its own."""
+    several = {
+        "average_tokens_across_devices": Choice(True, _FIXED["average_tokens_across_devices"]),
+        "ddp_find_unused_parameters": Choice(False, "every trained parameter takes part in every step"),
+    }
+    return several | _data(recipe, machine) | _of_stage(recipe)
 
 
 def _data(recipe: Recipe, machine: Machine) -> dict[str, Choice]:

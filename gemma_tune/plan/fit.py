@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gemma_tune.errors import AccessError
@@ -16,36 +16,58 @@ from gemma_tune.plan.memory import estimate, total
 from gemma_tune.plan.stages import continues, least_micro, written
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Plan
+from gemma_tune.recipe.rules_ppo import MIN_PROMPT
 from gemma_tune.recipe.schema import Adapter, Recipe
 
 
-def needed(recipe: Recipe, machine: Machine, shape: Shape, family: Family, start: Start | None, world_size: int) -> int:
+def needed(
+    recipe: Recipe,
+    machine: Machine,
+    shape: Shape,
+    family: Family,
+    start: Start | None,
+    rewards: Sequence[Start],
+    world_size: int,
+) -> int:
     """Bytes that this recipe needs on this machine, after `auto` has done what it can."""
-    precision = choose_precision(recipe, machine, family)
-    work = workload(recipe, machine, family, precision, optimizer_choice(recipe, machine).value, start, world_size)
+    precision, optimizer = choose_precision(recipe, machine, family), optimizer_choice(recipe, machine).value
+    work = workload(recipe, machine, family, precision, optimizer, start, rewards, world_size)
     shape = shape.text if recipe.model.text_only else shape
     return total(estimate(shape, choose_batch(recipe, machine, shape, work).work))
 
 
 def refusal(
-    recipe: Recipe, machine: Machine, shape: Shape, family: Family, start: Start | None, world_size: int
+    recipe: Recipe,
+    machine: Machine,
+    shape: Shape,
+    family: Family,
+    start: Start | None,
+    rewards: Sequence[Start],
+    world_size: int,
 ) -> str:
     """Why the run cannot start on this machine, with settings that could; empty where it fits."""
-    need = needed(recipe, machine, shape, family, start, world_size)
+    need = needed(recipe, machine, shape, family, start, rewards, world_size)
     if need <= machine.memory_bytes:
         return ""
     return f"the run needs {gib(need)} and {machine.name} has {gib(machine.memory_bytes)}. " + (
-        _settings(recipe, machine, shape, family, start, world_size) or _larger_machines(recipe, shape, family, start)
+        _settings(recipe, machine, shape, family, start, rewards, world_size)
+        or _larger_machines(recipe, shape, family, start, rewards)
     )
 
 
 def _settings(
-    recipe: Recipe, machine: Machine, shape: Shape, family: Family, start: Start | None, world_size: int
+    recipe: Recipe,
+    machine: Machine,
+    shape: Shape,
+    family: Family,
+    start: Start | None,
+    rewards: Sequence[Start],
+    world_size: int,
 ) -> str:
     """Up to three settings that fit: single changes first, then the changes one on top of the other."""
 
     def size(candidate: Recipe) -> int:
-        return needed(candidate, machine, shape, family, start, world_size)
+        return needed(candidate, machine, shape, family, start, rewards, world_size)
 
     steps = list(_changes(recipe, shape, family))
     attempts = [[step] for step in steps] + [steps[:count] for count in range(2, len(steps) + 1)]
@@ -62,7 +84,9 @@ def _settings(
 def _changes(recipe: Recipe, shape: Shape, family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes that save memory, the harmless ones first: (as written in a recipe, section -> values)."""
     # What was saved decides about an adapter that is trained on.
-    adapter = None if continues(recipe) else recipe.adapter
+    ppo = recipe.ppo if recipe.stage == "ppo" else None
+    adapter = recipe.adapter if not continues(recipe) or (ppo and ppo.new_critic) else None
+    shortest = ppo.max_new_tokens + MIN_PROMPT if ppo else 0
     least = least_micro(recipe.stage)
     if recipe.batch.micro not in ("auto", least):
         yield f"batch.micro: {least}", {"batch": {"micro": least}}
@@ -79,12 +103,14 @@ def _changes(recipe: Recipe, shape: Shape, family: Family) -> Iterator[tuple[str
     if recipe.model.attention == "eager" and "sdpa" in family.attention:
         yield "model.attention: sdpa", {"model": {"attention": "sdpa"}}
     for length in (recipe.data.max_length // 2, recipe.data.max_length // 4):
-        if length >= 128:
+        if length >= max(128, shortest):
             yield f"data.max_length: {length}", {"data": {"max_length": length}}
     if recipe.optim.optimizer in ("auto", "adamw_torch", "paged_adamw_32bit"):
         yield "optim.optimizer: adamw_8bit", {"optim": {"optimizer": "adamw_8bit"}}
     if adapter is not None and adapter.r > 8:
         yield "adapter.r: 8", {"adapter": adapter.model_copy(update={"r": 8})}
+    if ppo and ppo.estimator == "gae" and ppo.critic == "adapter":
+        yield "ppo.critic: head", {"ppo": {"critic": "head"}}
 
 
 def _apply(recipe: Recipe, changes: list[dict[str, Any]]) -> Recipe:
@@ -97,14 +123,16 @@ def _apply(recipe: Recipe, changes: list[dict[str, Any]]) -> Recipe:
     return recipe
 
 
-def _larger_machines(recipe: Recipe, shape: Shape, family: Family, start: Start | None) -> str:
+def _larger_machines(
+    recipe: Recipe, shape: Shape, family: Family, start: Start | None, rewards: Sequence[Start]
+) -> str:
     """Machines of the table that could hold the run."""
     fitting = [
         machine
         for machine in MACHINES.values()
         if machine.device == "cuda"
         and machine.gpus == 1
-        and needed(recipe, machine, shape, family, start, world_size=1) <= machine.memory_bytes
+        and needed(recipe, machine, shape, family, start, rewards, world_size=1) <= machine.memory_bytes
     ]
     if not fitting:
         return "No setting of this recipe fits it, nor one GPU of the table: choose a smaller Gemma."

@@ -9,14 +9,13 @@ Units are bytes. `d` is the size of the compute type: 2 for bf16 and fp16, 4 for
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.gemma.shape import Layer, Parameters, Shape, count, layers_of
 from gemma_tune.plan.machine import GIB, MIB
-from gemma_tune.plan.stages import has_reference, sequences, unit
+from gemma_tune.plan.stages import has_reference
 from gemma_tune.plan.types import MemoryTerm
+from gemma_tune.plan.workload import Roles, Workload
 
 # bitsandbytes quantises NF4 weights in blocks of 64 with one constant each; double quantisation quantises 256 of those
 # to 8 bits with one fp32 constant (QLoRA, arXiv 2305.14314, section 3).
@@ -26,7 +25,7 @@ NF4_CONSTANTS_BLOCK = 256
 # TRL 1.16 scores tiles of 4,096 tokens x 32,768 words (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
 HEAD_TOKENS = 4096
 HEAD_WORDS = 32_768
-# Our head for a CPU holds about three fp32 buffers of 128 MiB (train/loss_head.py).
+# Our head, for a CPU and for PPO, holds about three fp32 buffers of 128 MiB (train/loss_head.py).
 CPU_HEAD_BYTES = 3 * 128 * MIB
 
 # Bytes that an optimizer keeps a trained parameter. 8-bit: two states of one byte and an fp32 constant for 256 values.
@@ -47,89 +46,32 @@ CUDA_OVERHEAD = GIB
 CPU_OVERHEAD = 7 * GIB // 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What decides about memory, apart from the model's shape.
-
-    Attributes:
-        device: `cpu` or `cuda`.
-        quantization, double_quantization: how the linear layers are held.
-        weight_bytes: bytes of a weight that is not quantised (4 for the fp32 masters of a full fine-tune).
-        compute_bytes: bytes of an activation, `d`.
-        autocast: whether torch.autocast casts (then adapters compute in `d` as well).
-        rank: of LoRA; 0 for a full fine-tune.
-        targets: LoRA preset, a key of `Parameters.lora_per_rank`.
-        dropout: whether LoRA's dropout is above 0.
-        dora: whether LoRA is weight-decomposed.
-        optimizer: name that SFTConfig's `optim` takes.
-        rows, length: rows in one pass, and tokens in a sequence.
-        masked: whether attention sees a mask of length x length (packed rows, or padding).
-        attention: attention implementation.
-        checkpointing: whether activations are recomputed.
-        world_size: processes that train together.
-        stage: the recipe's; in `reward` and `dpo` a row is a pair of two sequences.
-        frozen_rank, frozen_targets: of a second adapter that is not trained: the reference of DPO and KTO, or what a
-            new adapter stands on; rank 0 where there is none.
-    """
-
-    device: Literal["cpu", "cuda"]
-    quantization: Literal["nf4", "int8", "none"]
-    double_quantization: bool
-    weight_bytes: int
-    compute_bytes: int
-    autocast: bool
-    rank: int
-    targets: str
-    dropout: bool
-    dora: bool
-    optimizer: str
-    rows: int
-    length: int
-    masked: bool
-    attention: str
-    checkpointing: bool
-    world_size: int
-    stage: Literal["sft", "reward", "dpo", "kto"] = "sft"
-    frozen_rank: int = 0
-    frozen_targets: str = "all-linear"
-
-    @property
-    def sequences(self) -> int:
-        """Sequences in one pass."""
-        return self.rows * sequences(self.stage)
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.length
-
-    @property
-    def unit(self) -> str:
-        """What a row is called."""
-        return unit(self.stage)
-
-    @property
-    def sequences_text(self) -> str:
-        """How the sequences of a pass come about, for formulas."""
-        return str(self.rows) if self.sequences == self.rows else f"{self.rows} pairs x 2"
-
-
 def estimate(shape: Shape, work: Workload) -> tuple[MemoryTerm, ...]:
-    """The memory of one process at its peak, the backward pass of an optimizer step.
+    """The memory of one process at its peak: the backward pass of an optimizer step, or a rollout where that is larger.
 
-    The reference of DPO and KTO adds no term but its adapter: its forward pass keeps nothing and is over before the
-    backward pass, whose passing buffers are larger. So it is with KTO's KL rows, as many and as long as the trained
-    ones, which go through policy and reference without a gradient. Terms of 0 bytes are left out.
+    The reference of DPO, KTO and PPO adds no term but its adapter: its forward pass keeps nothing and is over before
+    the backward pass, whose passing buffers are larger. So it is with KTO's KL rows, as many and as long as the trained
+    ones, which go through policy and reference without a gradient. Policy and critic of PPO go backward one after the
+    other, the policy with the larger head. Terms of 0 bytes are left out.
     """
     parameters = count(shape)
     terms = [
         *_weights(parameters, shape, work),
         *_training(parameters, shape, work),
-        *_activations(shape, work),
-        _reward_head(shape, work) if work.stage == "reward" else _loss_head(shape, work),
-        _workspace(shape, work),
+        *(_roles(parameters, shape, work, work.roles) if work.roles else ()),
+        *max(phases(shape, work).values(), key=total),
         _overhead(work),
     ]
     return tuple(term for term in terms if term.bytes)
+
+
+def phases(shape: Shape, work: Workload) -> dict[str, list[MemoryTerm]]:
+    """What is held for a while beside the weights: in a pass of the training, and in a rollout of PPO. Never both."""
+    head = _reward_head(shape, work) if work.stage == "reward" else _loss_head(shape, work)
+    found = {"training": [*_activations(shape, work), head, _workspace(shape, work, work.tokens)]}
+    if work.roles:
+        found["rollout"] = _rollout(shape, work, work.roles)
+    return found
 
 
 def total(terms: Iterable[MemoryTerm]) -> int:
@@ -205,8 +147,72 @@ def _training(parameters: Parameters, shape: Shape, work: Workload) -> list[Memo
             _term("weights in compute type", work.compute_bytes * copies, f"{copies:,} x d: autocast's copies")
         )
     if work.world_size > 1:
-        terms.append(_term("gradient buckets", 4 * trained, f"{trained:,} x 4 B: what DistributedDataParallel sends"))
+        what = "all of them as one tensor" if work.roles else "what DistributedDataParallel sends"
+        terms.append(_term("gradient buckets", 4 * trained, f"{trained:,} x 4 B: {what}"))
     return terms
+
+
+def _roles(parameters: Parameters, shape: Shape, work: Workload, roles: Roles) -> list[MemoryTerm]:
+    """Critic and reward models of PPO, on the base that the policy has: an adapter and a scalar head each."""
+    head = shape.hidden + 1
+    terms = []
+    if roles.critic:
+        pairs = parameters.lora_per_rank[roles.critic_targets]
+        trained = roles.critic_rank * pairs + head
+        what = f"r {roles.critic_rank} x {pairs:,} + {head:,}" if roles.critic_rank else f"{head:,}, a head alone,"
+        if work.optimizer == "adafactor":
+            rows = head + (pairs if roles.critic_rank else 0)
+            state, why = 4.0 * rows, f"{rows:,} x 4 B: rows and columns (adafactor)"
+        else:
+            each = OPTIMIZER_BYTES[work.optimizer]
+            state, why = each * trained, f"{trained:,} x {each:.4g} B: two moments ({work.optimizer})"
+        terms += [
+            _term("critic", 4 * trained, f"({what}) x 4 B: fp32"),
+            _term("gradients of the critic", 4 * trained, f"{trained:,} x 4 B: fp32"),
+            _term("optimizer state of the critic", state, why),
+        ]
+        if work.world_size > 1:
+            formula = f"{trained:,} x 4 B: all of them as one tensor"
+            terms.append(_term("gradient buckets of the critic", 4 * trained, formula))
+    ranks = ", ".join(str(rank) for rank, _ in roles.rewards)
+    held = sum(rank * parameters.lora_per_rank[targets] + head for rank, targets in roles.rewards)
+    formula = f"{held:,} x 4 B: adapters of r {ranks} and their heads, frozen"
+    terms.append(_term("reward models", 4 * held, formula))
+    return terms
+
+
+def _rollout(shape: Shape, work: Workload, roles: Roles) -> list[MemoryTerm]:
+    """What drawing responses holds at its largest: the cache when they are longest, and the buffers of the prompts."""
+    each = cache_bytes(shape, work.length, work.compute_bytes)
+    formula = f"{roles.together} responses x {each:,} B: keys and values of {work.length} tokens"
+    if shape.sliding_window is not None and work.length > shape.sliding_window:
+        formula += f", of the last {shape.sliding_window} in sliding layers"
+    # The logits in d, in fp32, divided by the temperature, and their softmax (transformers 5.23, `_sample`).
+    logits = roles.together * shape.vocab * (work.compute_bytes + 12)
+    return [
+        _term("KV cache of a rollout", roles.together * each, formula),
+        _term(
+            "logits of a rollout",
+            logits,
+            f"assumption: {roles.together} x {shape.vocab:,} x (d + 12) B: fp32, scaled, softmax",
+        ),
+        _workspace(shape, work, roles.together * roles.prompt),
+    ]
+
+
+def cache_bytes(shape: Shape, length: int, each: int) -> int:
+    """Keys and values of one sequence of `length` tokens in all layers, in a type of `each` bytes.
+
+    A layer that shares those of another has none of its own; a sliding one forgets what is behind its window
+    (transformers 5.23, `DynamicSlidingWindowLayer`).
+    """
+    seen = min(length, shape.sliding_window or length)
+    held = (
+        (length if layer.is_global else seen) * layer.kv_heads * layer.head_dim
+        for layer in layers_of(shape)
+        if layer.has_k
+    )
+    return 2 * each * sum(held)
 
 
 def _optimizer_state(parameters: Parameters, trained: int, work: Workload) -> MemoryTerm:
@@ -373,7 +379,7 @@ def _loss_head(shape: Shape, work: Workload) -> MemoryTerm:
         weight = shape.vocab * shape.hidden * 4
         hidden += weight
         formula += f" + {shape.vocab * shape.hidden:,} x 4 B: its own gradient"
-    elif work.device == "cpu":
+    elif work.device == "cpu" or work.roles:  # PPO takes log-probabilities at a temperature, which TRL's head has not
         return _term("loss head", hidden + CPU_HEAD_BYTES, f"{formula} + 3 buffers of 128 MiB")
     rows, words = min(work.tokens, HEAD_TOKENS), min(shape.vocab, HEAD_WORDS)
     return _term(
@@ -389,11 +395,12 @@ def _reward_head(shape: Shape, work: Workload) -> MemoryTerm:
     return _term("reward head", hidden + head * 16, f"{formula} + {head:,} x 16 B: fp32 scalar head, AdamW")
 
 
-def _workspace(shape: Shape, work: Workload) -> MemoryTerm:
-    """Passing buffers of a backward pass: gradients inside one MLP, and one weight brought back to the compute type."""
+def _workspace(shape: Shape, work: Workload, tokens: int) -> MemoryTerm:
+    """Passing buffers of a pass: what is inside one MLP, backward its gradients, and one weight brought back to the
+    compute type."""
     width = max(layer.intermediate for layer in layers_of(shape))
-    gradients = work.tokens * width * (2 * work.compute_bytes + 4)
-    formula = f"assumption: {work.tokens:,} tokens x {width:,} x (2 d + 4) B"
+    gradients = tokens * width * (2 * work.compute_bytes + 4)
+    formula = f"assumption: {tokens:,} tokens x {width:,} x (2 d + 4) B"
     weight = shape.hidden * width
     if work.quantization != "none":
         gradients += weight * work.compute_bytes

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Parameters, Shape, count
-from gemma_tune.plan.choices_batch import BUDGET, gib
+from gemma_tune.plan.choices_batch import BUDGET, can_split, gib
 from gemma_tune.plan.choices_model import BYTES, Precision
 from gemma_tune.plan.machine import Machine
 from gemma_tune.plan.memory import total
-from gemma_tune.plan.stages import CONFIGS, continues, has_reference, least_micro
+from gemma_tune.plan.stages import CONFIGS, continues, has_reference
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import MemoryTerm
 from gemma_tune.recipe.schema import Recipe
@@ -38,6 +38,7 @@ def notes_of(
         *_types(recipe, machine, family, precision),
         *_adapter(recipe, start),
         *_reference(recipe),
+        *_ppo(recipe),
         *_not_quantised(recipe, shape, parameters, precision),
         *_towers(recipe, parameters, precision),
         *_devices(recipe, machine, processes),
@@ -85,6 +86,20 @@ def _reference(recipe: Recipe) -> Iterator[str]:
         yield f"The reference is {who}: no second model is loaded."
 
 
+def _ppo(recipe: Recipe) -> Iterator[str]:
+    ppo = recipe.ppo
+    if recipe.stage != "ppo":
+        return
+    if ppo.estimator == "gae":
+        own = f"a copy of the reward model in {ppo.judge}" if ppo.judge else "a new adapter and a head that says 0"
+        yield f"The critic begins as {own if ppo.critic == 'adapter' else 'a head on the policy that says 0'}."
+    if ppo.top_k or ppo.top_p < 1:
+        yield (
+            "Responses are drawn from the likeliest tokens only (ppo.top_k, ppo.top_p), and log-probabilities are "
+            "those of all: the policy's gradient is biased by what cannot be drawn."
+        )
+
+
 def _not_quantised(recipe: Recipe, shape: Shape, parameters: Parameters, precision: Precision) -> Iterator[str]:
     """What bitsandbytes leaves as it is, where it is most of the model."""
     if recipe.model.quantization == "none":
@@ -117,9 +132,8 @@ def _towers(recipe: Recipe, parameters: Parameters, precision: Precision) -> Ite
 def _devices(recipe: Recipe, machine: Machine, processes: int) -> Iterator[str]:
     if machine.gpus <= processes:
         return
-    micro = least_micro(recipe.stage) if recipe.batch.micro == "auto" else recipe.batch.micro
     idle = f"{processes} of {machine.gpus} GPUs will work"
-    if recipe.batch.size % (micro * machine.gpus):
+    if not can_split(recipe, machine.gpus):
         yield f"{idle}: batch.size {recipe.batch.size} cannot be split over all of them."
     else:
         yield f"{idle}; all of them: torchrun --nproc-per-node {machine.gpus} -m gemma_tune {recipe.stage} RECIPE."
@@ -132,4 +146,5 @@ def _run(recipe: Recipe) -> Iterator[str]:
     if recipe.optim.max_steps is not None and "epochs" in recipe.optim.model_fields_set:
         yield f"optim.max_steps {recipe.optim.max_steps} ends the run, whatever optim.epochs says."
     if recipe.advanced.trainer:
-        yield f"Unchecked: {', '.join(sorted(recipe.advanced.trainer))} go to {CONFIGS[recipe.stage]} as they are."
+        config = CONFIGS[recipe.stage].rpartition(".")[2]
+        yield f"Unchecked: {', '.join(sorted(recipe.advanced.trainer))} go to {config} as they are."

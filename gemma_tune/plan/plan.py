@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Shape
 from gemma_tune.plan.choices_batch import choose_batch, workload
@@ -26,6 +28,7 @@ def make_plan(
     family: Family,
     *,
     start: Start | None = None,
+    rewards: Sequence[Start] = (),
     world_size: int | None = None,
 ) -> Plan:
     """Everything that a run of `recipe` needs on `machine`.
@@ -36,6 +39,7 @@ def make_plan(
         shape: the size of the recipe's model (`plan.facts.model_facts`).
         family: its generation.
         start: the adapter that `model.adapter` names (`plan.starts.read_start`); None where it names none.
+        rewards: the reward models that `ppo.reward` names (`plan.starts.rewards_of`), in its order.
         world_size: processes that train together; by default the machine's.
 
     Returns:
@@ -48,10 +52,13 @@ def make_plan(
     processes = machine.world_size if world_size is None else world_size
     if (start is None) != (recipe.model.adapter is None):
         raise ValueError("`start` is what plan.starts.read_start makes of model.adapter")
+    if len(rewards) != (len(recipe.ppo.models) if recipe.stage == "ppo" else 0):
+        raise ValueError("`rewards` is what plan.starts.rewards_of makes of ppo.reward")
     check_combination(recipe, machine, shape, family, start)
     loaded = shape.text if recipe.model.text_only else shape
     precision = choose_precision(recipe, machine, family)
-    work = workload(recipe, machine, family, precision, optimizer_choice(recipe, machine).value, start, processes)
+    optimizer = optimizer_choice(recipe, machine).value
+    work = workload(recipe, machine, family, precision, optimizer, start, rewards, processes)
     batch = choose_batch(recipe, machine, loaded, work)
     memory = estimate(loaded, batch.work)
     return Plan(
@@ -63,8 +70,8 @@ def make_plan(
         lora=lora_choices(recipe, family, start),
         trainer=trainer_choices(recipe, machine, precision, batch),
         data=data_choices(recipe),
-        session=session_choices(recipe),
+        session=session_choices(recipe, family),
         memory=memory,
         notes=notes_of(recipe, machine, shape, family, precision, memory, start, processes),
-        refusal=refusal(recipe, machine, shape, family, start, processes),
+        refusal=refusal(recipe, machine, shape, family, start, rewards, processes),
     )

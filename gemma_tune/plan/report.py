@@ -20,7 +20,7 @@ SECTIONS = {
     "model": "Model",
     "quantization": "Quantisation (transformers.BitsAndBytesConfig)",
     "lora": "Adapter (peft.LoraConfig)",
-    "trainer": "Training (trl.{config})",
+    "trainer": "Training ({config})",
     "data": "Data",
     "session": "Run",
 }

@@ -1,7 +1,8 @@
-"""The adapter that a training begins with, from its adapter_config.json. Reads no weights."""
+"""The saved adapters that a training needs: what it begins with, and reward models. Reads no weights."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from gemma_tune.recipe.schema import Recipe
 WEIGHTS = "adapter_model.safetensors"
 REWARD_HEAD = "reward_head.safetensors"
 """Beside the adapter of a reward model: its scalar head."""
+STATS_FILE = "reward_stats.json"
+"""Beside it as well: what its rewards are like, and what it was trained to read."""
 
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 _UNSUPPORTED = {
@@ -82,7 +85,6 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
         UserError: no adapter there, damaged, a reward model, on another base, or of a kind that is not supported.
     """
     folder = adapter_folder(target)
-    config = read_json(folder / ADAPTER_FILE)
     where = str(folder)
     if (folder / REWARD_HEAD).is_file():
         raise UserError(
@@ -90,6 +92,110 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
             where=where,
             fix="set model.adapter to the run of an SFT or DPO",
         )
+    config = _checked_config(folder, base)
+    start = _read(config, family, str(folder / ADAPTER_FILE))
+    for key, why in _NOT_ADDED.items():
+        if stack and config.get(key) not in (None, False, []):
+            raise UserError(
+                f"{why}, which cannot be added up with another adapter",
+                where=where,
+                fix="set model.adapter_mode: continue",
+            )
+    return start
+
+
+def rewards_of(recipe: Recipe, family: Family) -> tuple[Start, ...]:
+    """The reward models that `ppo.reward` names, in its order; that the files of its functions exist is seen as well.
+
+    Raises:
+        UserError: see `read_reward`; or there is no such file.
+    """
+    if recipe.stage != "ppo":
+        return ()
+    for one in recipe.ppo.reward:
+        file = Path(one.source.partition(":")[0]).expanduser()
+        if one.kind == "function" and not file.is_file():
+            raise UserError(
+                f"there is no file '{file}'", where="ppo.reward", fix="paths are relative to the working directory"
+            )
+    return tuple(
+        read_reward(source, recipe.model.name, family, scaled=recipe.ppo.normalize) for source in recipe.ppo.models
+    )
+
+
+def read_reward(target: str, base: str, family: Family, *, scaled: bool = True) -> Start:
+    """The adapter of a reward model.
+
+    Args:
+        target: run of `gemma-tune reward`, or its adapter folder.
+        base: `model.name` of the recipe.
+        family: the generation of `base`.
+        scaled: its rewards will be scaled by the mean and the deviation that were measured.
+
+    Raises:
+        UserError: no adapter there, no reward model, damaged, on another base, or trained on another rendering.
+    """
+    folder = adapter_folder(target, where="ppo.reward")
+    stats = read_stats(folder)
+    config = _checked_config(folder, base)
+    check_stats(stats, family, str(folder))
+    if scaled:
+        scale_of(stats, str(folder / STATS_FILE))
+    return _read(config, family, str(folder / ADAPTER_FILE))
+
+
+def read_stats(folder: Path) -> dict[str, Any]:
+    """reward_stats.json of an adapter folder.
+
+    Raises:
+        UserError: it holds no reward model, or the file is missing or damaged.
+    """
+    if not (folder / REWARD_HEAD).is_file():
+        raise UserError("this is no reward model", where=str(folder), fix="give a run of `gemma-tune reward`")
+    if not (folder / STATS_FILE).is_file():
+        raise UserError(f"{STATS_FILE} is missing", where=str(folder), fix="copy the adapter again, all of its files")
+    return dict(read_json(folder / STATS_FILE))
+
+
+def check_stats(stats: Mapping[str, Any], family: Family, where: str) -> None:
+    """Refuse a reward model that would rate another rendering than the one that it was trained on.
+
+    Raises:
+        UserError: another generation, template, or token to read the reward at.
+    """
+    for key, now in (
+        ("family", family.name),
+        ("template_sha256", family.template_sha256),
+        ("token_id", family.turn_end_id),
+    ):
+        if stats.get(key) != now:
+            raise UserError(
+                f"the reward model was trained with {key} {stats.get(key)!r}, here it is {now!r}",
+                where=where,
+                fix="train it again, or use the version of gemma-tune that made it",
+            )
+
+
+def scale_of(stats: Mapping[str, Any], where: str = "ppo.reward") -> tuple[float, float]:
+    """(mean, standard deviation) of a reward model's rewards, from its reward_stats.json.
+
+    Raises:
+        UserError: they are missing, or no scale.
+    """
+    mean, std = stats.get("mean"), stats.get("std")
+    finite = all(type(value) in (int, float) and math.isfinite(value) for value in (mean, std))  # type: ignore[arg-type]
+    if not finite or not std or std < 0:
+        raise UserError(
+            f"{STATS_FILE} gives no scale: mean {mean!r}, std {std!r}",
+            where=where,
+            fix="set ppo.normalize: false, or train the reward model again",
+        )
+    return float(mean), float(std)  # type: ignore[arg-type]
+
+
+def _checked_config(folder: Path, base: str) -> Mapping[str, Any]:
+    """adapter_config.json of a LoRA that can be trained on, whose weights are there."""
+    config, where = read_json(folder / ADAPTER_FILE), str(folder)
     _check_base(config, base, where)
     if config.get("peft_type") != "LORA":
         raise _refused(f"its kind is {config.get('peft_type')!r}, not LORA", where)
@@ -104,15 +210,7 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
         raise _refused("its base was altered when it began (init_lora_weights)", where)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{WEIGHTS} is missing", where=where, fix="copy the adapter again, all of its files")
-    start = _read(config, family, str(folder / ADAPTER_FILE))
-    for key, why in _NOT_ADDED.items():
-        if stack and config.get(key) not in (None, False, []):
-            raise UserError(
-                f"{why}, which cannot be added up with another adapter",
-                where=where,
-                fix="set model.adapter_mode: continue",
-            )
-    return start
+    return config
 
 
 def adapter_folder(target: str | Path, where: str = "model.adapter") -> Path:

@@ -35,10 +35,11 @@ class Plan:
         model: keywords of `models.load` (name, revision, tokenizer, text_only, dtype, attn_implementation).
         quantization: keywords of `transformers.BitsAndBytesConfig`; empty where the base is not quantised.
         lora: keywords of `peft.LoraConfig`; empty for a full fine-tune.
-        trainer: keywords of `trl.SFTConfig`, `RewardConfig` or `DPOConfig`, as the stage is.
-        data: keywords of `data.build.build`, or of `data.pairs.build_pairs` where rows are pairs.
+        trainer: keywords of the stage's configuration (`stages.CONFIGS`).
+        data: keywords of `data.build.build`, of `data.pairs.build_pairs` where rows are pairs, of
+            `data.judged.build_judged`, or of `data.prompts.build_prompts`.
         session: what the run folder, samples, evaluation and tracking need; the adapter that the training begins with;
-            and what a stage's own code needs (`reward`, `precompute_reference`).
+            and what a stage's own code needs (`reward`, `precompute_reference`; `rewards`, `critic`).
         memory: the estimate, term by term.
         notes: what the user should know before starting: one sentence each.
         refusal: why a run of it would be refused on this machine (it does not fit); empty where it may start.

@@ -62,6 +62,8 @@ def shown(node: Node) -> str:
     return printable(node.text)[:80]
 
 
+_ITEMS = {"sources": "{name: ...}", "reward": "{source: ...}"}
+"""What an item looks like in lists of sections."""
 _TRUTH = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
@@ -79,8 +81,9 @@ def fix_for(path: tuple[str, ...], node: Node, options: Sequence[Schema]) -> str
     if kinds & {"integer", "number"}:
         return _number_fix(node, text, whole="number" not in kinds)
     if "array" in kinds and not isinstance(node.value, list):
-        item = "{name: ...}" if path[-1] == "sources" else "..."
-        return f"write a list: `{path[-1]}: [{item}]`"
+        if "string" in kinds and not isinstance(node.value, dict):
+            return f"write a path, or a list: `{path[-1]}: [{_ITEMS[path[-1]]}]`"
+        return f"write a list: `{path[-1]}: [{_ITEMS.get(path[-1], '...')}]`"
     if "object" in kinds and "boolean" not in kinds:
         return _section_fix(path, text)
     return "correct the value" if not choices else f"write {' or '.join(choices)}"
@@ -106,8 +109,9 @@ def _number_fix(node: Node, text: str, *, whole: bool) -> str:
 
 
 def _section_fix(path: tuple[str, ...], text: str) -> str:
-    if path[:-1] == ("data", "sources"):
-        return f"write `- name: {printable(text)[:80] or '...'}`"
+    if path[:-1] in (("data", "sources"), ("ppo", "reward")):
+        key = "name" if path[0] == "data" else "source"
+        return f"write `- {key}: {printable(text)[:80] or '...'}`"
     if path == ("optim",):
         return "`optim` is a section; the optimizer is optim.optimizer"
     if path == ("model",):

@@ -284,9 +284,12 @@ _PLACEHOLDERS: dict[str, Any] = {
     "data": {"sources": [{"name": "placeholder"}]},
     "sources": [{"name": "placeholder"}],
     "name": "placeholder",
+    "source": "placeholder",
     "output": "placeholder",
 }
 """Values for the required keys, with which the search for further findings goes on. No such recipe is ever returned."""
+_ITEMS = {"sources": {"name": "placeholder"}, "reward": {"source": "placeholder"}}
+"""The same for items of lists of sections."""
 
 
 def _patch(data: Any, path: KeyPath) -> None:
@@ -297,7 +300,7 @@ def _patch(data: Any, path: KeyPath) -> None:
             return
     key = path[-1] if path else ""
     if isinstance(data, list):
-        data[int(key)] = {"name": "placeholder"} if path[-2] == "sources" else "placeholder"
+        data[int(key)] = _ITEMS.get(path[-2], "placeholder")
     elif key in _PLACEHOLDERS and path[0] != "tracking":
         data[key] = _PLACEHOLDERS[key]
     else:

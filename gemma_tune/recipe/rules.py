@@ -6,24 +6,13 @@ Each clash names both keys with their places. What depends on the machine or on 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from gemma_tune.console import TOKEN
+from gemma_tune.recipe.clash import Clash, Place
 from gemma_tune.recipe.names import SECRETS, owner_of
+from gemma_tune.recipe.rules_ppo import PPO_RULES
 from gemma_tune.recipe.schema import Recipe
-
-Place = Callable[[str], str]
-"""A key path -> where its value comes from: `line 4`, `command line` or `default`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clash:
-    """Values that contradict each other. `keys` are all that take part; the error is shown at the first one written."""
-
-    keys: tuple[str, ...]
-    what: str
-    fix: str
 
 
 def clashes(recipe: Recipe, place: Place) -> Iterator[Clash]:
@@ -144,7 +133,7 @@ def _trainer(recipe: Recipe, place: Place) -> Iterator[Clash]:
 def _other_stage(recipe: Recipe, place: Place) -> Iterator[Clash]:
     """Sections and keys that another stage would read, and this one would not."""
     stage = f"stage: {recipe.stage} ({place('stage')})"
-    for section in ("reward", "dpo", "kto"):
+    for section in ("reward", "dpo", "kto", "ppo"):
         if section in recipe.model_fields_set and recipe.stage != section:
             yield Clash(
                 (section, "stage"),
@@ -153,7 +142,7 @@ def _other_stage(recipe: Recipe, place: Place) -> Iterator[Clash]:
             )
     if recipe.stage == "sft":
         return
-    rows = "single answers" if recipe.stage == "kto" else "pairs"
+    rows = {"kto": "single answers", "ppo": "prompts"}.get(recipe.stage, "pairs")
     if recipe.data.packing and "packing" in recipe.data.model_fields_set:
         yield Clash(
             ("data.packing", "stage"),
@@ -162,7 +151,8 @@ def _other_stage(recipe: Recipe, place: Place) -> Iterator[Clash]:
         )
     for key in ("train_on", "shuffle_buffer"):
         if key in recipe.data.model_fields_set:
-            why = "trains on the answers" if key == "train_on" else "reads no streams"
+            answers = "its own responses" if recipe.stage == "ppo" else "the answers"
+            why = f"trains on {answers}" if key == "train_on" else "reads no streams"
             yield Clash(
                 (f"data.{key}", "stage"),
                 f"data.{key} ({place(f'data.{key}')}) is for stage: sft, but {stage} {why}",
@@ -182,6 +172,10 @@ def _other_stage(recipe: Recipe, place: Place) -> Iterator[Clash]:
         )
 
 
+_ONE_NETWORK = {"ppo": "the policy that learns from a response must be the one that gave it"}
+"""Why a stage has no dropout, where it is not the usual reason."""
+
+
 def _pairs_adapter(recipe: Recipe, place: Place) -> Iterator[Clash]:
     if recipe.stage == "sft":
         return
@@ -191,6 +185,7 @@ def _pairs_adapter(recipe: Recipe, place: Place) -> Iterator[Clash]:
             "reward": "a reward model is an adapter and a small head, so that it can share its base",
             "dpo": "the reference is the base with the adapter switched off, never a second model",
             "kto": "the reference is the base with the adapter switched off, never a second model",
+            "ppo": "policy, reference, reward model and critic are adapters on one base",
         }
         yield Clash(
             ("adapter", "stage"),
@@ -201,7 +196,7 @@ def _pairs_adapter(recipe: Recipe, place: Place) -> Iterator[Clash]:
         yield Clash(
             ("adapter.dropout", "stage"),
             f"adapter.dropout: {recipe.adapter.dropout:g} ({place('adapter.dropout')}), but {stage} trains without "
-            "dropout: all answers must be seen by the same network",
+            f"dropout: {_ONE_NETWORK.get(recipe.stage, 'all answers must be seen by the same network')}",
             "remove adapter.dropout",
         )
 
@@ -229,6 +224,8 @@ def _saved_adapter(recipe: Recipe, place: Place) -> Iterator[Clash]:
         for key in sorted(recipe.adapter.model_fields_set):
             if key == "dropout" and recipe.stage != "sft":
                 continue  # _pairs_adapter says more about it
+            if recipe.stage == "ppo" and recipe.ppo.new_critic:
+                continue  # it is the critic's
             yield Clash(
                 (f"adapter.{key}", "model.adapter"),
                 f"adapter.{key} ({place(f'adapter.{key}')}) is for a new adapter, but {here} is trained on as it was "
@@ -284,6 +281,7 @@ _RULES = (
     _saved_adapter,
     _dpo_loss,
     _kto_batch,
+    *PPO_RULES,
 )
 
 _VARIABLE = re.compile(r"\$(\{\w+\}|[A-Z_][A-Z0-9_]*$)")

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from gemma_tune.recipe.functions import is_function
+
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
@@ -34,6 +36,19 @@ def _from_home(value: str) -> str:
     if path.startswith("~"):
         raise ValueError(f"the home folder of {value.partition('/')[0]} is not known; write the whole path")
     return path
+
+
+def _as_rewards(value: Any) -> Any:
+    """`reward: runs/reward` is a list of one."""
+    return ({"source": value},) if isinstance(value, str) else _as_tuple(value)
+
+
+def _names_a_function(value: str) -> str:
+    """A file of Python alone does not say which of its functions is meant."""
+    path, _, name = value.partition(".py:")
+    if is_function(value) and not name.isidentifier():
+        raise ValueError(f"names no function of a file; write {path.removesuffix('.py')}.py:NAME")
+    return value
 
 
 Number = Annotated[float, BeforeValidator(_as_number)]
@@ -68,7 +83,7 @@ class Model(Section):
     """Run or adapter folder to begin with, such as a finished SFT run of the same base."""
     adapter_mode: Literal["continue", "stack"] = "continue"
     """`continue` trains a copy of that adapter, with its rank and targets; `stack` freezes it and trains a new one on
-    top of it. In `dpo` the adapter as it was is the reference either way."""
+    top of it. In `dpo`, `kto` and `ppo` the adapter as it was is the reference either way."""
 
 
 class Adapter(Section):
@@ -77,7 +92,7 @@ class Adapter(Section):
     alpha: Count = 32
     """The update is scaled by alpha / r."""
     dropout: Fraction = 0.05
-    """Dropout before A, during training. In `reward` and `dpo` there is none."""
+    """Dropout before A, during training. Only in `sft`."""
     targets: Literal["all-linear", "attention", "mlp"] = "all-linear"
     """Which linear layers of the text decoder carry an adapter; towers never do."""
     rslora: bool = False
@@ -126,9 +141,11 @@ class Data(Section):
     sources: Annotated[tuple[Source, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
     """One dataset or a mix of several."""
     max_length: Annotated[int, Field(ge=16)] = 2048
-    """Tokens in one training row, of a pair in its prompt with one answer; the only length in a recipe."""
+    """Tokens in one training row, of a pair in its prompt with one answer, in `ppo` in a prompt with its response (a
+    prompt may have what ppo.max_new_tokens leaves); the only length of a row in a recipe."""
     packing: bool = True
-    """Several conversations in one row, isolated from each other. Only for `stage: sft`: answers are never packed."""
+    """Several conversations in one row, isolated from each other. Only for `stage: sft`: what has a prompt and an
+    answer apart is never packed."""
     train_on: Literal["model_turns", "last_model_turn", "all"] = "model_turns"
     """Which tokens carry loss. The turn end after a trained turn is always trained. Only for `stage: sft`."""
     holdout: Annotated[Number, Field(ge=0)] = 0.01
@@ -161,15 +178,16 @@ class Data(Section):
 
 class Optim(Section):
     learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2e-4
-    """Peak learning rate. The default is that of `sft`; `reward` has 1e-4 and `dpo` 5e-6."""
+    """Peak learning rate. The default is that of `sft`; `reward` has 1e-4, `dpo` and `kto` 5e-6, `ppo` 1e-5."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Learning rate after the warm-up."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps that warm up; must be 0 with `constant`, which has no warm-up."""
     epochs: Annotated[Number, Field(gt=0)] = 1.0
-    """Passes over the data."""
+    """Passes over the data; in `ppo` over the prompts, each of which is answered `samples_per_prompt` times in one."""
     max_steps: Count | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    """Stop after this many optimizer steps, whatever `epochs` says. A step of `ppo`, here and wherever steps are
+    counted, is a rollout of batch.size responses and all that is learnt from them."""
     optimizer: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"] = (
         "auto"
     )
@@ -180,13 +198,15 @@ class Optim(Section):
     """Gradient clipping by global norm. The 2024 QLoRA script of Gemma used 0.3."""
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
+    """`ppo` has 0.95."""
     epsilon: Annotated[Number, Field(gt=0)] = 1e-8
+    """`ppo` has 1e-5."""
 
 
 class Batch(Section):
     size: Count = 16
-    """GLOBAL batch: training rows (in `reward` and `dpo`: pairs, in `kto`: answers) an optimizer step, over all
-    processes. Accumulation is derived from it."""
+    """GLOBAL batch: training rows (in `reward` and `dpo`: pairs, in `kto`: answers, in `ppo`: responses) a step, over
+    all processes. Accumulation is derived from it."""
     micro: Count | Literal["auto"] = "auto"
     """Rows in one forward pass of one process; a pair is one row of two sequences; `kto` needs two rows. `auto`: as
     many as the memory estimate allows."""
@@ -201,7 +221,7 @@ class Evaluation(Section):
     every: Count | None = None
     """Optimizer steps between evaluations; by default a tenth of the run; also at the start and at the end."""
     max_rows: Count = 200
-    """Held-out rows that are evaluated at most."""
+    """Held-out rows that are evaluated at most; in `ppo` prompts, which are answered by sampling."""
 
 
 class Samples(Section):
@@ -237,8 +257,8 @@ class Tracking(Section):
 
 class Advanced(Section):
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Keywords handed verbatim to trl's SFTConfig, RewardConfig, DPOConfig or KTOConfig. May not repeat what the recipe
-    owns; unchecked."""
+    """Keywords handed verbatim to trl's SFTConfig, RewardConfig, DPOConfig or KTOConfig, in `ppo` to our PpoConfig, an
+    extension of transformers' TrainingArguments. May not repeat what the recipe owns; unchecked."""
 
 
 class Reward(Section):
@@ -282,12 +302,105 @@ class Kto(Section):
     """Weight of the loss on bad answers (lambda_U)."""
 
 
+class RewardSource(Section):
+    source: Annotated[str, Field(min_length=1), AfterValidator(_from_home), AfterValidator(_names_a_function)]
+    """Run of `gemma-tune reward` on the same base, or `./mine.py:score`: a function that takes a list of responses
+    (texts) and returns as many numbers; where it has a parameter `prompts`, it gets the conversations as well."""
+    weight: Annotated[Number, Field(ge=0)] = 1.0
+    """Factor in the sum of all sources. One of weight 0 only watches: what it says is reported, and rewards nothing."""
+
+    @property
+    def kind(self) -> Literal["model", "function"]:
+        """What `source` names."""
+        return "function" if is_function(self.source) else "model"
+
+
+class Ppo(Section):
+    """Only for `stage: ppo` (arXiv 1707.06347; for language models arXiv 1909.08593 and 2203.02155)."""
+
+    reward: Annotated[
+        tuple[RewardSource, ...],
+        Field(min_length=1),
+        BeforeValidator(
+            _as_rewards, json_schema_input_type=str | Annotated[tuple[RewardSource, ...], Field(min_length=1)]
+        ),
+    ] = ()
+    """What responses are scored by: a run of `gemma-tune reward`, a function `./mine.py:score`, or a list of both with
+    weights: `[{source: runs/reward, weight: 1.0}, ...]`. It must be written."""
+    max_new_tokens: Count = 64
+    """Tokens in a response at most, its stop token included."""
+    temperature: Annotated[Number, Field(gt=0)] = 1.0
+    """Of the sampling. All log-probabilities are taken at it, so that they are those of what was sampled."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k likeliest tokens; 0 switches it off. Log-probabilities stay those of the whole distribution."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that hold this probability; 1 switches it off."""
+    samples_per_prompt: Count = 1
+    """Responses to each prompt in a step; `rloo` needs 2 or more."""
+    estimator: Literal["gae", "rloo", "reinforce_pp"] = "gae"
+    """How advantages are estimated: `gae` with a critic (arXiv 1506.02438), `rloo` against the other responses to the
+    prompt (arXiv 2402.14740), `reinforce_pp` from the rewards to go (REINFORCE++, arXiv 2501.03262)."""
+    epochs: Count = 2
+    """Passes over the responses of a step. arXiv 2403.17031 has 4; an adapter's learning rate is higher."""
+    minibatches: Count = 1
+    """Optimizer steps in such a pass (arXiv 2403.17031 has 1)."""
+    critic: Literal["adapter", "head"] = "adapter"
+    """`adapter`: an adapter and a head of its own, begun with those of the first reward model where there is one, as
+    InstructGPT's (arXiv 2203.02155); `head`: only a head, on the policy's trunk, which it does not move."""
+    critic_learning_rate: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Peak learning rate of the critic, whose schedule is the policy's; by default twice optim.learning_rate."""
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    """First steps in which only the critic is trained, so that its first guesses do not move the policy."""
+    clip: Annotated[Number, Field(gt=0, lt=1)] = 0.2
+    """How far the ratio to the policy that sampled may leave 1 before it earns nothing more (arXiv 1707.06347)."""
+    value_clip: Annotated[Number, Field(gt=0)] = 0.2
+    """How far a value may leave the one before the update, as trl's removed PPO and arXiv 2403.17031."""
+    gamma: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Discount a token; 1 as in arXiv 1909.08593, since a response has no hurry."""
+    lam: Fraction = 0.95
+    """Lambda of GAE: 1 trusts the rewards to come, 0 the critic (arXiv 1506.02438)."""
+    kl: Annotated[Number, Field(ge=0)] = 0.05
+    """Coefficient of log p - log p_reference, which is taken off the reward of each token (arXiv 2403.17031)."""
+    kl_target: Annotated[Number, Field(gt=0)] | None = None
+    """Nats a response that the KL to the reference is steered to by adapting `kl` (arXiv 1909.08593, section 2.2)."""
+    kl_horizon: Count = 10_000
+    """Responses over which `kl` is adapted; larger is slower (arXiv 1909.08593)."""
+    stop_kl: Annotated[Number, Field(gt=0)] | None = None
+    """Nats a token: the rest of a step is left out once the policy is further than this from the one that sampled."""
+    entropy: Annotated[Number, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus; 0 as in arXiv 2403.17031, where the KL penalty keeps the policy from collapsing."""
+    missing_stop_penalty: Annotated[Number, Field(ge=0)] = 1.0
+    """Taken off the score of a response that did not end by a stop token of this Gemma (arXiv 2403.17031)."""
+    normalize: bool = True
+    """Scale a reward model's rewards to mean 0 and deviation 1, as measured when it was trained (reward_stats.json).
+    What functions return stays as it is."""
+    score_clip: Annotated[Number, Field(gt=0)] | None = 10.0
+    """Bound of a response's score, before the penalty, as OpenRLHF's; null: none."""
+    whiten_rewards: bool = False
+    """Divide the tokens' rewards by their deviation. Advantages are whitened in any case."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The sources of `reward` that are reward models."""
+        return tuple(one.source for one in self.reward if one.kind == "model")
+
+    @property
+    def judge(self) -> str | None:
+        """The first reward model that rewards, and does not only watch; None where functions alone do."""
+        return next((one.source for one in self.reward if one.kind == "model" and one.weight), None)
+
+    @property
+    def new_critic(self) -> bool:
+        """Whether the critic has an adapter that begins with no reward model: it has the keys of `adapter`."""
+        return self.estimator == "gae" and self.critic == "adapter" and self.judge is None
+
+
 class Recipe(Section):
     """A fine-tuning run, as its user wrote it."""
 
-    stage: Literal["sft", "reward", "dpo", "kto"] = "sft"
-    """Which algorithm runs: supervised fine-tuning, a reward model, direct preference optimisation from pairs, or KTO
-    from single answers that are judged good or bad."""
+    stage: Literal["sft", "reward", "dpo", "kto", "ppo"] = "sft"
+    """Which algorithm runs: supervised fine-tuning, a reward model, direct preference optimisation from pairs, KTO from
+    single answers that are judged good or bad, or PPO against a reward."""
     model: Model
     adapter: Adapter | None = Adapter()
     """LoRA; `adapter: null` trains all weights (then model.quantization must be none)."""
@@ -295,6 +408,7 @@ class Recipe(Section):
     reward: Reward = Reward()
     dpo: Dpo = Dpo()
     kto: Kto = Kto()
+    ppo: Ppo = Ppo()
     optim: Optim = Optim()
     batch: Batch = Batch()
     memory: Memory = Memory()

@@ -136,8 +136,13 @@ _SHOWN = {
     "eval_accuracy": "accuracy",
     "eval_margin": "margin",
     "eval_chosen_logps": "log p of chosen answers",
+    "eval_score": "score",
+    "eval_kl": "KL",
+    "eval_stopped": "share that stopped",
 }
 """Held-out figures that are shown behind the loss, where a stage has them."""
+_WATCHED = {"loss": "loss", "objective/scores": "score"}
+"""The figure of a step that is shown, and its name."""
 
 
 class ProgressDisplay(TrainerCallback):
@@ -148,7 +153,7 @@ class ProgressDisplay(TrainerCallback):
         self._counters = counters
         self._bar: Progress | None = None
         self._task: Any = None
-        self._loss = float("nan")
+        self._figure = ""
         self._start = (0, 0.0)
         self._printed = 0.0
 
@@ -160,13 +165,13 @@ class ProgressDisplay(TrainerCallback):
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}"),
+                TextColumn("{task.fields[figure]}"),
                 TextColumn("{task.fields[speed]:,.0f} tokens/s"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
             self._task = self._bar.add_task(
-                "", total=state.max_steps, completed=state.global_step, loss=float("nan"), speed=0.0
+                "", total=state.max_steps, completed=state.global_step, figure="", speed=0.0
             )
             self._bar.start()
 
@@ -180,10 +185,12 @@ class ProgressDisplay(TrainerCallback):
     ) -> None:
         if not logs or not state.is_world_process_zero:
             return
-        self._loss = logs.get("loss", self._loss)
-        if "eval_loss" in logs:
-            shown = [f"{name} {logs[key]:.3f}" for key, name in _SHOWN.items() if key in logs]
-            text = ", ".join([f"held-out loss {logs['eval_loss']:.4f}", *shown])
+        watched = next((key for key in _WATCHED if key in logs), None)
+        self._figure = f"{_WATCHED[watched]} {logs[watched]:.4f}" if watched else self._figure
+        if any(key.startswith("eval_") for key in logs):
+            loss = [f"loss {logs['eval_loss']:.4f}"] if "eval_loss" in logs else []
+            others = [f"{name} {logs[key]:.3f}" for key, name in _SHOWN.items() if key in logs]
+            text = f"held-out {', '.join(loss + others)}"
             self._console.print(f"step {state.global_step:,}: {text}", highlight=False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -191,7 +198,7 @@ class ProgressDisplay(TrainerCallback):
             return
         speed = self._counters().get("tokens_per_second") or 0.0
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, loss=self._loss, speed=speed)
+            self._bar.update(self._task, completed=state.global_step, figure=self._figure, speed=speed)
             return
         now = time.monotonic()
         if now - self._printed < _PLAIN_SECONDS and state.global_step != state.max_steps:
@@ -200,7 +207,7 @@ class ProgressDisplay(TrainerCallback):
         done = state.global_step - self._start[0]
         left = (now - self._start[1]) / max(done, 1) * (state.max_steps - state.global_step)
         self._console.print(
-            f"step {state.global_step:,} of {state.max_steps:,}: loss {self._loss:.4f}, "
+            f"step {state.global_step:,} of {state.max_steps:,}: {self._figure}, "
             f"{speed:,.0f} tokens/s, {clock_time(left)} left",
             highlight=False,
         )
@@ -238,6 +245,7 @@ def sample_rows(step: int, prompts: Sequence[Any], found: Sequence[Any]) -> list
             "tokens": answer.tokens,
             "held_out": prompt.held_out,
             "reference": prompt.reference,
+            **({} if answer.score is None else {"score": answer.score}),
         }
         for prompt, answer in zip(prompts, found, strict=False)
     ]

@@ -54,11 +54,21 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model wrote. `ended`: it stopped by a stop token of its own. `tokens` counts that stop token."""
+    """What the model wrote.
+
+    Attributes:
+        text: without the stop token.
+        ended: whether it stopped by a stop token of its own.
+        tokens: how many, that stop token among them.
+        ids: the tokens that `tokens` counts.
+        score: what the recipe's reward says of it, where the stage has one.
+    """
 
     text: str
     ended: bool
     tokens: int
+    ids: tuple[int, ...] = ()
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,12 @@ class Prompt:
     example: Example
     held_out: bool = False
     reference: str = ""
+
+    def conversation(self) -> Conversation:
+        """The prompt as turns; a document is taken for what a user says."""
+        if isinstance(self.example, Document):
+            return Conversation((Message("user", self.example.text),))
+        return self.example
 
 
 def held_out_loss(
@@ -190,8 +206,9 @@ def read_answer(ids: Sequence[int], tokenizer: Any, family: Family) -> Answer:
     """The answer in generated `ids`: everything before the first stop token."""
     for place, token in enumerate(ids):
         if token in family.stop_ids:
-            return Answer(tokenizer.decode(list(ids[:place]), skip_special_tokens=True), True, place + 1)
-    return Answer(tokenizer.decode(list(ids), skip_special_tokens=True), False, len(ids))
+            text = tokenizer.decode(list(ids[:place]), skip_special_tokens=True)
+            return Answer(text, True, place + 1, tuple(ids[: place + 1]))
+    return Answer(tokenizer.decode(list(ids), skip_special_tokens=True), False, len(ids), tuple(ids))
 
 
 def stop_rate(found: Sequence[Answer]) -> float | None:
@@ -223,7 +240,8 @@ def sample_prompts(texts: Sequence[str], held_out: Sequence[Example | Answered],
 def prompt_of(example: Example | Answered) -> Prompt | None:
     """The first user turn of a held-out row (with the system turn before it); None where it has no user turn.
 
-    Of a pair or a judged answer the whole prompt, and as what could come next the answer that was found good.
+    Of a pair or a judged answer the whole prompt, and as what could come next the answer that was found good. A
+    conversation that ends before an answer is itself the prompt.
     """
     if isinstance(example, Answered):
         last, better = example.prompt[-1].content, next(iter(example.answers.values())).content
@@ -235,6 +253,8 @@ def prompt_of(example: Example | Answered) -> Prompt | None:
         head = " ".join(words[:DOCUMENT_PROMPT_WORDS])
         rest = " ".join(words[DOCUMENT_PROMPT_WORDS:])
         return Prompt(head, Document(head), held_out=True, reference=rest) if rest else None
+    if example.messages and example.messages[-1].role in ("user", "tool"):
+        return Prompt(example.messages[-1].content, example, held_out=True)
     for place, message in enumerate(example.messages):
         if message.role == "user":
             following = example.messages[place + 1 : place + 2]

@@ -7,7 +7,7 @@ in. Here everything in the plan counts, except what is named below as free to ch
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_tune.plan.types import Plan
@@ -58,7 +58,13 @@ _FREE = {
 
 
 def identity_of(
-    plan: Plan, *, fingerprint: str, revision: str | None, start: str | None = None, world_size: int = 1
+    plan: Plan,
+    *,
+    fingerprint: str,
+    revision: str | None,
+    start: str | None = None,
+    rewards: Sequence[str] = (),
+    world_size: int = 1,
 ) -> dict[str, Any]:
     """A flat dictionary `section.key -> JSON value`.
 
@@ -67,6 +73,7 @@ def identity_of(
         fingerprint: of the prepared data.
         revision: of the base model, as resolved (commit or content hash); None where it has none.
         start: content hash of the adapter that the training begins with.
+        rewards: content hash of each source of rewards, a model or the file of a function.
         world_size: processes that share the global batch.
     """
     flat: dict[str, Any] = {"stage": plan.stage, "family": plan.family}
@@ -80,6 +87,9 @@ def identity_of(
     if start is not None:
         flat["adapter.start"] = start
         flat["adapter.mode"] = (plan.values("session").get("adapter") or {}).get("mode")
+    if rewards:
+        weights = [source["weight"] for source in plan.values("session")["rewards"]]
+        flat["ppo.reward"] = [[content, weight] for content, weight in zip(rewards, weights, strict=True)]
     return json.loads(json.dumps(flat, sort_keys=True, default=str))
 
 

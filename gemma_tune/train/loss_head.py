@@ -24,22 +24,32 @@ TILE_BYTES = 128 * 2**20
 class FrozenHeadLogProbs(torch.autograd.Function):
     """log p(label), entropy, top-1 hit and mean logit of each position, and d log p / d hidden, tile by tile.
 
-    Shapes: hidden [T, D], weight [V, D] (frozen), labels [T] int64. Returns log_probs [T] fp32, and without a gradient
-    entropy [T] fp32 (nats), is_top1 [T] bool and mean_logits [T] fp32 (over the vocabulary, after the soft cap).
+    Shapes: hidden [T, D], weight [V, D] (frozen), labels [T] int64. Returns log_probs [T] fp32 and entropy [T] fp32
+    (nats), which has a gradient only where `with_entropy` asks for it: it costs a third product; and without a gradient
+    is_top1 [T] bool and mean_logits [T] fp32 (over the vocabulary, after the soft cap, before the temperature).
 
-    With z = hidden @ weight.T, logits l = c tanh(z / c) where a soft cap c is given (Gemma 2, 3n, 4), p = softmax(l):
-    d log p_y / d hidden = sum_v (1[v = y] - p_v) (1 - (l_v / c)^2) weight_v.
+    With z = hidden @ weight.T, logits l = c tanh(z / c) where a soft cap c is given (Gemma 2, 3n, 4), temperature t and
+    p = softmax(l / t):
+    d log p_y / d hidden = sum_v (1[v = y] - p_v) (1 - (l_v / c)^2) weight_v / t,
+    d entropy / d hidden = -sum_v p_v (log p_v + entropy) (1 - (l_v / c)^2) weight_v / t.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        softcap: float | None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = hidden.shape[0]
         log_probs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         entropy, mean_logits = torch.empty_like(log_probs), torch.empty_like(log_probs)
         is_top1 = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        entropy_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] and with_entropy else None
         tile = max(1, TILE_BYTES // (4 * weight.shape[0]))
         for start in range(0, tokens, tile):
             part = slice(start, start + tile)
@@ -50,28 +60,45 @@ class FrozenHeadLogProbs(torch.autograd.Function):
             is_top1[part] = logits.argmax(-1) == label[:, 0]
             mean_logits[part] = logits.mean(-1)
             slope = 1 - (logits / softcap).square_() if softcap is not None and gradient is not None else None
+            if temperature != 1.0:
+                logits /= temperature
             logits -= logits.logsumexp(-1, keepdim=True)  # log-probabilities from here on
             log_probs[part] = logits.gather(-1, label)[:, 0]
             probs = logits.exp()
             entropy[part] = -torch.bmm(probs[:, None, :], logits[:, :, None])[:, 0, 0]
             if gradient is None:
                 continue
+            if entropy_gradient is not None:
+                weights = (logits + entropy[part, None]).mul_(probs).neg_()
+                entropy_gradient[part] = _through(weights, slope, temperature, weight)
             # 1[v = y] - p_v before it is rounded to the weight's type: where p_y is near 1, the difference of two
             # rounded products would be nothing but their rounding.
             weights = probs.neg_().scatter_add_(-1, label, probs.new_ones(label.shape))
-            if slope is not None:
-                weights *= slope
-            gradient[part] = weights.to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(entropy, is_top1, mean_logits)
+            gradient[part] = _through(weights, slope, temperature, weight)
+        ctx.save_for_backward(gradient, entropy_gradient)
+        ctx.mark_non_differentiable(is_top1, mean_logits, *([] if with_entropy else [entropy]))
         return log_probs, entropy, is_top1, mean_logits
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
+        gradient, entropy_gradient = ctx.saved_tensors
         if gradient is None:
-            return None, None, None, None
-        return (grads[0][:, None] * gradient.float()).to(gradient.dtype), None, None, None
+            return None, None, None, None, None, None
+        found = grads[0][:, None] * gradient.float()
+        if entropy_gradient is not None:
+            found += grads[1][:, None] * entropy_gradient.float()
+        return found.to(gradient.dtype), None, None, None, None, None
+
+
+def _through(
+    weights: torch.Tensor, slope: torch.Tensor | None, temperature: float, matrix: torch.Tensor
+) -> torch.Tensor:
+    """A gradient by the scaled logits [T, V] -> the gradient by the hidden state [T, D]. `weights` is used up."""
+    if slope is not None:
+        weights *= slope
+    if temperature != 1.0:
+        weights /= temperature
+    return weights.to(matrix.dtype) @ matrix
 
 
 def head_is_frozen(model: PreTrainedModel) -> bool:

@@ -65,6 +65,6 @@ STAGE = Stage(
     trainer=make_trainer,
     write=write,
     finish=finish,
-    wrap=RewardModel,
+    wrap=lambda model, plan, family: RewardModel(model),
     answers=False,
 )

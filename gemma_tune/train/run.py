@@ -26,6 +26,7 @@ from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
 from gemma_tune.plan.stages import least_micro
 from gemma_tune.plan.starts import adapter_folder
 from gemma_tune.plan.types import Plan
+from gemma_tune.recipe.functions import load_user_function
 from gemma_tune.train import checkpoint, provenance
 from gemma_tune.train.callbacks import MetricsFile, ProgressDisplay, Rhythm, every_tenth, sample_rows
 from gemma_tune.train.evaluate import Answer, Prompt, answers, prompt_ids, sample_prompts, stop_rate
@@ -34,7 +35,6 @@ from gemma_tune.train.session import Resume, RunFolder, is_first_process
 from gemma_tune.train.signals import Signals
 from gemma_tune.train.tracking import WandbTracking
 from gemma_tune.train.trainer import Figures, RunTrainer, Surroundings, agreement
-from gemma_tune.train.weights import load_weights
 
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory|ALLOC_FAILED", re.IGNORECASE
@@ -51,7 +51,7 @@ class Stage:
         trainer: (run, what surrounds it) -> the trainer of the run.
         write: (run, new folder, results) -> nothing; writes the trained weights as others read them.
         finish: (run, results) -> further results, once training and final evaluation are done.
-        wrap: what becomes of the base and its adapter before the training.
+        wrap: (base with its adapter, plan, family) -> what the trainer gets.
         answers: whether the model answers prompts before and after.
         reference: whether the adapter that the training begins with is kept, frozen, as what it is compared with.
     """
@@ -61,7 +61,7 @@ class Stage:
     trainer: Callable[[Run, Surroundings], RunTrainer]
     write: Callable[[Run, Path, Mapping[str, Any]], None]
     finish: Callable[[Run, dict[str, Any]], dict[str, Any]] = lambda run, results: {}
-    wrap: Callable[[Any], Any] = lambda model: model
+    wrap: Callable[[Any, Plan, Family], Any] = lambda model, plan, family: model
     answers: bool = True
     reference: bool = False
 
@@ -75,7 +75,8 @@ def stage_of(plan: Plan) -> Stage:
 class Materials:
     """What a run is made from, before any weight is loaded.
 
-    `revision` tells this base from any other; `start` is the hash of the adapter that the training begins with.
+    `revision` tells this base from any other; `start` is the hash of the adapter that the training begins with,
+    `rewards` those of the sources of rewards.
     """
 
     family: Family
@@ -85,6 +86,7 @@ class Materials:
     encoder: GemmaEncoder
     data: Prepared
     start: str | None = None
+    rewards: tuple[str, ...] = ()
 
 
 def run_plan(
@@ -116,6 +118,7 @@ def run_plan(
             fingerprint=materials.data.fingerprint,
             revision=materials.revision,
             start=materials.start,
+            rewards=materials.rewards,
             world_size=plan.machine.get("world_size", 1),
         )
         search = folder.find_checkpoint(identity)
@@ -166,13 +169,23 @@ def gather(plan: Plan) -> Materials:
     revision = source.revision or provenance.fingerprint(source.path)
     start = start_of(plan)
     start_hash = provenance.fingerprint(adapter_folder(start["start"])) if start else None
-    return Materials(family, source, revision, tokenizer, encoder, data, start_hash)
+    return Materials(family, source, revision, tokenizer, encoder, data, start_hash, reward_hashes(plan))
 
 
 def start_of(plan: Plan) -> dict[str, Any]:
     """`{start, mode}` of the adapter that the training begins with; empty where it begins with a new one."""
     chosen = plan.values("session").get("adapter") or {}
     return chosen if chosen.get("start") else {}
+
+
+def reward_hashes(plan: Plan) -> tuple[str, ...]:
+    """The content hash of each source of rewards; empty where the stage has none."""
+    return tuple(
+        provenance.fingerprint(adapter_folder(source["source"], where="ppo.reward"))
+        if source["kind"] == "model"
+        else checkpoint.sha256_of(load_user_function(source["source"]).path)
+        for source in plan.values("session").get("rewards", ())
+    )
 
 
 def load_model(plan: Plan, materials: Materials) -> Any:
@@ -186,7 +199,7 @@ def load_model(plan: Plan, materials: Materials) -> Any:
         model = begin_with(model, start["start"], lora, materials.family, mode=start["mode"], keep_frozen=keep)
     elif lora:
         model = attach(model, lora, materials.family)
-    return stage_of(plan).wrap(model)
+    return stage_of(plan).wrap(model, plan, materials.family)
 
 
 def trainer_config(plan: Plan) -> TrainingArguments:
@@ -330,7 +343,7 @@ class Run:
             trainer = self.trainer = self.stage.trainer(self, around)
         if self.stage.answers:
             self.prompts = sample_prompts(samples["prompts"], data.held_out_examples, samples["held_out"])
-        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        steps = trainer.total_steps()
         rhythm = Rhythm(
             evaluate_every=every_tenth(evaluation["every"], steps) if rows else None,
             save_every=every_tenth(self.session["checkpoint"]["every"], steps),
@@ -361,8 +374,7 @@ class Run:
             self.console.print(f"resuming after step {self.resumed.step:,}", highlight=False)
             trainer.train(resume_from_checkpoint=str(self.resumed.folder))
         else:  # every step was done, but not what comes after the last one
-            load_weights(trainer.model, self.resumed.folder)
-            trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # autocast, as in the training
+            trainer.load_trained(self.resumed.folder)
             trainer.state.global_step = self.resumed.step
             trainer.count()
         done = trainer.state.global_step
@@ -399,15 +411,17 @@ class Run:
         if not self.prompts:
             return []
         family = self.materials.family
+        asked = prompt_ids(self.prompts, family, self.materials.encoder)
         with trainer.clock.paused():
             found = answers(
                 trainer.model,
                 self.materials.tokenizer,
                 family,
-                prompt_ids(self.prompts, family, self.materials.encoder),
+                asked,
                 max_new_tokens=self.session["samples"]["max_new_tokens"],
                 stop=lambda: trainer.args.world_size == 1 and self.signals.requested is not None,
             )
+            found = trainer.rate_answers(self.prompts, asked, found)
         if trainer.is_world_process_zero():
             self.folder.append("samples.jsonl", sample_rows(step, self.prompts, found))
         return found
@@ -473,7 +487,8 @@ def figures(found: Figures | None, prompts: Sequence[Prompt], given: Sequence[An
 
 
 def vars_of(answer: Answer) -> dict[str, Any]:
-    return {"text": answer.text, "ended": answer.ended, "tokens": answer.tokens}
+    shown = {"text": answer.text, "ended": answer.ended, "tokens": answer.tokens}
+    return shown if answer.score is None else shown | {"score": answer.score}
 
 
 @contextmanager
@@ -484,8 +499,9 @@ def memory_errors(plan: Plan) -> Iterator[None]:
     except (MemoryError, RuntimeError) as exc:
         if not isinstance(exc, MemoryError) and not _NO_MEMORY.search(str(exc)):
             raise
-        micro = plan.values("trainer").get("per_device_train_batch_size")
-        length = plan.values("data").get("max_length")
+        trainer, data = plan.values("trainer"), plan.values("data")
+        micro = trainer.get("per_device_train_batch_size")
+        length = data.get("max_length", 0) + trainer.get("max_new_tokens", 0)  # in ppo the former is a prompt's
         raise TrainingError(
             f"out of memory with batch.micro {micro} and data.max_length {length}",
             where=str(exc).splitlines()[0][:200] if str(exc) else "",

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer
 from gemma_tune.errors import TrainingError, UserError
 from gemma_tune.train import checkpoint
 from gemma_tune.train.callbacks import Clock
+from gemma_tune.train.evaluate import Answer, Prompt
 from gemma_tune.train.session import RunFolder
 from gemma_tune.train.signals import Signals
 from gemma_tune.train.weights import load_weights, write_weights
@@ -72,6 +73,19 @@ def sheltered(model: Any) -> Iterator[None]:
             parameter.requires_grad = True
 
 
+def refuse_sharding(sharded: bool) -> None:
+    """
+    Raises:
+        UserError: the launcher shards the model.
+    """
+    if sharded:
+        raise UserError(
+            "FSDP and DeepSpeed are not supported: each process would save its own shard as if it were the whole",
+            where="accelerate launch",
+            fix="start with torchrun, or with accelerate launch --multi_gpu: every process holds the whole model",
+        )
+
+
 class RunTrainer(Trainer):
     """Counting, evaluation, the finite guard and checkpoints, the same for every stage."""
 
@@ -87,12 +101,7 @@ class RunTrainer(Trainer):
         """
         # A NaN must be seen: the filter logs the average of earlier losses in its place.
         self.args.logging_nan_inf_filter = False
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "FSDP and DeepSpeed are not supported: each process would save its own shard as if it were the whole",
-                where="accelerate launch",
-                fix="start with torchrun, or with accelerate launch --multi_gpu: every process holds the whole model",
-            )
+        refuse_sharding(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.remove_callback(PrinterCallback)
         progress = around.progress or {}
         self.clock = Clock(progress.get("train_seconds", 0.0))
@@ -117,11 +126,26 @@ class RunTrainer(Trainer):
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
 
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def load_trained(self, folder: Path) -> None:
+        """Take the weights of a checkpoint, where every step is done and only what comes after the last one is not."""
+        load_weights(self.model, folder)
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, as in the training
+
     # --- what a stage fills in ----------------------------------------------------------------------------------------
 
     def batch_tokens(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens seen, tokens with loss) of one batch, int64 scalars."""
         raise NotImplementedError
+
+    def rate_answers(
+        self, prompts: Sequence[Prompt], asked: Sequence[Sequence[int]], found: list[Answer]
+    ) -> list[Answer]:
+        """The answers with their scores, where the stage has any. `asked`: the token ids of the prompts."""
+        return found
 
     def score_held_out(self, rows: Sequence[Mapping[str, Any]]) -> Figures | None:
         """Figures of the held-out rows; None where there are none, or a stop is asked for."""

@@ -228,3 +228,19 @@ def test_dpo_needs_hardly_more_memory_than_sft(real_270m: Path, tmp_path: Path) 
     print(f"peak: SFT {sft / 2**30:.2f} GiB, DPO {dpo / 2**30:.2f} GiB, ratio {dpo / sft:.3f}")
     assert abs(dpo_tokens - sft_tokens) < 0.1 * sft_tokens, "the same work"
     assert dpo <= 1.2 * sft
+
+
+def test_four_roles_cost_little_more_than_one_training_adapter(real_270m: Path) -> None:
+    """PPO's roles on one base, against the base with one training adapter, and against four bases."""
+    found = {}
+    for kind in ("one", "roles", "models"):
+        command = [sys.executable, "-m", "tests.ppo_memory", str(real_270m), kind]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[kind] = json.loads(done.stdout.splitlines()[-1])
+    for what in ("held", "peak"):
+        one, roles, models = (found[kind][what] for kind in ("one", "roles", "models"))
+        print(f"{what}: one {one / 2**20:.0f} MiB, roles {roles / 2**20:.0f} MiB ({roles / one:.3f} times), ", end="")
+        print(f"four models {models / 2**20:.0f} MiB ({models / roles:.3f} times the roles)")
+        assert roles <= 1.35 * one
+    assert found["models"]["held"] > 2 * found["roles"]["held"]
+    assert found["models"]["peak"] > found["roles"]["peak"]

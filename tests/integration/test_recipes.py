@@ -13,6 +13,7 @@ from gemma_tune.plan.facts import model_facts
 from gemma_tune.plan.stages import least_micro
 from gemma_tune.recipe.reader import read_recipe
 from gemma_tune.recipe.shipped import Shipped, shipped_recipes
+from tests.integration.test_preferences_tiny import pair_recipe
 from tests.integration.tiny_runs import document, write_recipe
 
 SAMPLE_OF = {
@@ -56,12 +57,25 @@ def test_a_shipped_recipe_runs_on_a_tiny_model_of_its_generation(
         begun.mkdir()
         assert main(["sft", str(write_recipe(begun, base, optim={"max_steps": 1}, samples={"held_out": 0}))]) == 0
         smaller.append(f"model.adapter={begun / 'run'}")
+    if read.stage == "ppo":
+        smaller.append("ppo.max_new_tokens=8")
+        for number, one in enumerate(read.ppo.reward):
+            if one.kind == "function":
+                continue
+            judge = tmp_path / f"judge-{number}"
+            judge.mkdir()
+            recipe_of_judge = pair_recipe(judge, base, "reward", optim={"max_steps": 1})
+            whole = f"model.text_only={str(read.model.text_only).lower()}"
+            assert main(["reward", str(recipe_of_judge), whole]) == 0
+            key = "ppo.reward" if len(read.ppo.reward) == 1 else f"ppo.reward.{number}.source"
+            smaller.append(f"{key}={judge / 'run'}")
     assert main([read.stage, str(recipe.path), *smaller]) == 0
     record = document(run / "run.json")
     assert record["status"] == "finished" and record["family"] == family.name
     assert record["results"]["steps"] == 2
-    assert record["stage"] == read.stage and math.isfinite(record["results"]["tuned"]["loss"])
+    tuned = record["results"]["tuned"]
+    assert record["stage"] == read.stage and math.isfinite(tuned["score" if read.stage == "ppo" else "loss"])
     if read.stage != "sft":
-        assert record["results"]["tuned"]["rows" if read.stage == "kto" else "pairs"] == 2
+        assert tuned[{"kto": "rows", "ppo": "prompts"}.get(read.stage, "pairs")] == 2
         assert (run / "adapter" / "reward_head.safetensors").is_file() == (read.stage == "reward")
     assert (run / "adapter" / "adapter_model.safetensors").stat().st_size > 1000

@@ -14,9 +14,10 @@ import pytest
 
 from gemma_tune.cli import main
 from gemma_tune.train import checkpoint
+from tests.integration.test_ppo_tiny import ppo_recipe
 from tests.integration.test_preferences_tiny import pair_recipe
 from tests.integration.test_resume import losses, stop_at
-from tests.integration.tiny_runs import document, write_recipe
+from tests.integration.tiny_runs import document, lines, write_recipe
 
 
 def on_two_processes(*arguments: str) -> str:
@@ -96,3 +97,24 @@ def test_two_processes_train_on_pairs_as_one_does(tiny: Callable[..., Path], tmp
         assert second["tuned"][key] == pytest.approx(first["tuned"][key], rel=1e-3), key
     for key in ("tokens_seen", "tokens_trained", "steps"):
         assert first[key] == second[key]
+
+
+def test_two_processes_make_a_step_of_ppo_as_one_does(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Each process draws with noise of its own; with top_k 1 there is none, and both runs see the same responses."""
+    settings = {"minibatches": 1, "top_k": 1, "kl_target": 0.5, "critic": "adapter"}
+    recipe = str(ppo_recipe(tmp_path, tiny("gemma3_text"), ppo=settings, data={"holdout": 7}))
+    assert main(["ppo", recipe, f"output={tmp_path / 'one'}"]) == 0
+    on_two_processes("ppo", recipe)
+    one, two = tmp_path / "one", tmp_path / "run"
+    steps = [[row for row in lines(run / "metrics.jsonl") if "objective/scores" in row] for run in (one, two)]
+    assert len(steps[0]) == len(steps[1]) == 4
+    timed = ("time/", "rollout/tokens", "update/tokens", "train_seconds", "tokens_per_second")
+    for first, second in zip(*steps, strict=True):
+        assert first.keys() == second.keys()
+        for key in first:
+            if not key.startswith(timed):
+                assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
+    figures = [document(run / "run.json")["results"] for run in (one, two)]
+    for key in ("score", "kl", "kl_k3", "entropy", "response_length", "prompts"):
+        assert figures[1]["tuned"][key] == pytest.approx(figures[0]["tuned"][key], rel=1e-3, abs=1e-5), key
+    assert figures[0]["tokens_seen"] == figures[1]["tokens_seen"]

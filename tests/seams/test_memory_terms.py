@@ -1,4 +1,4 @@
-"""The activation terms of the estimate against the tensors that autograd really keeps, for a layer of each generation.
+"""Terms of the estimate against real tensors, for each generation: what autograd keeps, and what a KV cache holds.
 
 Small random models; what two more layers keep is divided by two, so that embedding and head drop out.
 """
@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.gemma.shape import layers_of
 from gemma_tune.gemma.sizes import shape_of
-from gemma_tune.plan.memory import Workload, layer_bytes, layer_copies
+from gemma_tune.plan.memory import cache_bytes, layer_bytes, layer_copies
+from gemma_tune.plan.workload import Workload
 
 ROWS, LENGTH, LAYERS = 2, 48, (2, 4)
 SIZES = {
@@ -154,3 +155,32 @@ def test_what_a_layer_keeps(family, changes, tolerance):
     # The two additional layers are local ones.
     kept = layer_bytes(shape, layers[0], work) + layer_copies(shape, layers[0], work) / work.tokens
     assert kept == pytest.approx(measured, rel=tolerance)
+
+
+@pytest.mark.parametrize("prompt", [20, 60], ids=["within the window", "beyond it"])
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("gemma1", {}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+        ("gemma3n_text", {"num_kv_shared_layers": 2}),
+        ("gemma4_text", {"num_kv_shared_layers": 2}),
+        ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 2}),
+    ],
+)
+def test_what_a_cache_holds(family: str, more: dict[str, Any], prompt: int) -> None:
+    """Of a batch that is drawn with `generate`: the last token of a response is never put into the cache."""
+    config_class, model_class, own = GENERATIONS[family]
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2} if own else {}
+    config = getattr(transformers, config_class)(**SIZES | own | more | kinds, num_hidden_layers=4)
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).eval()
+    rows, new = 3, 8
+    ids = torch.arange(rows * prompt).reshape(rows, prompt) % 400 + 5
+    made = model.generate(
+        ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, return_dict_in_generate=True, eos_token_id=None
+    )
+    held = [tensor for layer in made.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    storages = sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+    assert storages == rows * cache_bytes(shape_of(config.to_dict()), prompt + new - 1, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from gemma_tune.plan.choices_trainer import fixed
 from gemma_tune.plan.machine import GIB, Machine, probe
 from gemma_tune.plan.stages import CONFIGS
 from gemma_tune.recipe.names import owned_by_recipe
-from gemma_tune.recipe.schema import Dpo, Optim
+from gemma_tune.recipe.schema import Dpo, Optim, Ppo
 from tests.unit.plan.recipes import plan_for
 
 BF16_CPU = Machine("this kind of CPU", "cpu", 0, 24 * GIB, bf16=True)
@@ -39,14 +40,17 @@ PLANS = {
     "robust": {"stage": "dpo", "dpo.loss": "robust", "dpo.label_smoothing": 0.1},
     "kto": {"stage": "kto", "model.adapter": "runs/sft", "kto.desirable_weight": 1.2},
     "stacked": {"stage": "dpo", "model.adapter": "runs/sft", "model.adapter_mode": "stack"},
+    "ppo": {"stage": "ppo", "model.adapter": "runs/sft", "optim.schedule": "linear"},
+    "ppo by a function": {"stage": "ppo", "ppo.reward": "./mine.py:score", "ppo.score_clip": None},
+    "rloo": {"stage": "ppo", "ppo.estimator": "rloo", "ppo.samples_per_prompt": 4, "ppo.minibatches": 2},
+    "ppo with a target": {"stage": "ppo", "ppo.kl_target": 6.0, "ppo.stop_kl": 0.1, "ppo.critic": "head"},
 }
 
 
 def config_of(stage: str) -> type:
     """The class that takes the keywords of a plan's trainer section."""
-    import trl
-
-    return getattr(trl, CONFIGS[stage])
+    module, _, name = CONFIGS[stage].rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def fields_of(stage: str) -> set[str]:
@@ -146,15 +150,42 @@ def test_data_keywords(changes):
     from gemma_tune.data.build import build
     from gemma_tune.data.judged import build_judged
     from gemma_tune.data.pairs import build_pairs
+    from gemma_tune.data.prompts import build_prompts
 
     plan = plan_for(changes)
-    function = {"sft": build, "kto": build_judged}.get(plan.stage, build_pairs)
+    function = {"sft": build, "kto": build_judged, "ppo": build_prompts}.get(plan.stage, build_pairs)
     keywords = {
         name
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind == parameter.KEYWORD_ONLY
     }
     assert plan.data.keys() == keywords - {"progress"}
+
+
+def test_every_field_of_ppo_config_is_planned():
+    """What the recipe does not decide would be a default that `check` never shows."""
+    from transformers import TrainingArguments
+
+    own = fields_of("ppo") - {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert own <= plan_for({"stage": "ppo"}).trainer.keys()
+    assert own <= owned_by_recipe("ppo").keys()
+
+
+@pytest.mark.parametrize("key", [key for key in Ppo.model_fields if key not in ("reward", "critic_learning_rate")])
+def test_defaults_of_ppo_config_are_the_recipes(key):
+    from gemma_tune.train.ppo.config import PpoConfig
+
+    held = {field.name: field.default for field in dataclasses.fields(PpoConfig)}
+    assert held["ppo_epochs" if key == "epochs" else key] == Ppo.model_fields[key].default
+
+
+def test_a_new_critics_keywords_are_those_of_lora():
+    from peft import LoraConfig
+
+    plan = plan_for({"stage": "ppo", "ppo.reward": "./mine.py:score", "model.adapter": "runs/sft"})
+    keywords = plan.values("session")["critic"]["lora"]
+    config = LoraConfig(**keywords)
+    assert {key: getattr(config, key) for key in keywords} == keywords
 
 
 def test_probe_agrees_with_the_system():

@@ -226,7 +226,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
-    for command in ("sft", "reward", "dpo", "kto", "check", "show", "doctor", "chat", "recipes"):
+    for command in ("sft", "reward", "dpo", "kto", "ppo", "check", "show", "doctor", "chat", "recipes"):
         assert f"\n  {command}" in text
     assert "..." not in text.partition("Commands:")[2].partition("\n\n")[0], "a command's summary is cut"
 

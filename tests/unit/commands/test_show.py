@@ -242,3 +242,56 @@ def test_judged_answers_for_people(run: Callable[..., Shown]) -> None:
 def test_a_set_of_pairs_of_which_nothing_is_left(run: Callable[..., Shown]) -> None:
     with pytest.raises(UserError, match="no row is left to train on"):
         run(PAIRS[2:], "stage=dpo")
+
+
+# --- prompts
+
+ASKED: list[Any] = [
+    chat("What is it?", "A row.", "And this?", "Another."),
+    {"prompt": "Who?", "chosen": "I did.", "rejected": "Nobody at all."},
+    {"prompt": "Why?", "completion": "So.", "label": False},
+    {"messages": [{"role": "user", "content": "Say hello."}]},
+]
+PPO = ("stage=ppo", "ppo.reward=./mine.py:score")
+
+
+@pytest.mark.parametrize("family", ["gemma1", "gemma3_text", "gemma4"])
+def test_json_of_prompts(run: Callable[..., Shown], family: str) -> None:
+    rows = run(ASKED, *PPO, family=family, count=9).rows
+    facts = FAMILIES[family]
+    assert [row["where"].rsplit(":", 1)[1] for row in rows] == ["1", "2", "3", "4"]
+    assert rows[1]["prompt"] == f"<bos>{facts.turn_start}user\nWho?{facts.turn_end}\n{facts.turn_start}model\n"
+    assert rows[1]["messages"] == [{"role": "user", "content": "Who?"}]
+    assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant", "user"]
+    for row in rows:
+        assert set(row) == {"prompt_ids", "prompt", "messages", "where"}
+        assert row["prompt"].endswith(f"{facts.turn_start}model\n") and row["prompt_ids"].count(facts.bos_id) == 1
+
+
+def test_a_prompt_has_no_room_that_its_response_needs(run: Callable[..., Shown]) -> None:
+    """Of 256 tokens a response takes 64, or 236: then the older exchange is left out."""
+    words = "word " * 30
+    rows = [chat(words, "A.", "And this?", "B."), chat("Short?", "Yes.")]
+    assert [len(row["messages"]) for row in run(rows, *PPO).rows] == [3, 1]
+    narrow = run(rows, *PPO, "ppo.max_new_tokens=236").rows
+    assert [row["messages"][0]["content"] for row in narrow] == ["And this?", "Short?"]
+    assert all(len(row["prompt_ids"]) <= 20 for row in narrow)
+
+
+def test_prompts_for_people(run: Callable[..., Shown]) -> None:
+    out = run(ASKED, *PPO, "data.shuffle=false", "data.holdout=1", count=2, as_json=False).out
+    assert "prompts of at most 192 tokens; the model answers each with at most 64 tokens" in out
+    assert "prompt 1: " in out and "prompt 2: " in out and "prompt 3: " not in out
+    assert "⟦" not in out, "nothing of a prompt is trained"
+    assert "3 training prompts, 1 held out" in out
+
+
+def test_a_prompt_that_comes_twice_is_shown_once(run: Callable[..., Shown]) -> None:
+    rows = [chat("Who?", "I."), chat("Who?", "You."), chat("Why?", "So.")]
+    assert [row["where"].rsplit(":", 1)[1] for row in run(rows, *PPO).rows] == ["1", "3"]
+    assert len(run(rows, *PPO, "data.deduplicate=false").rows) == 3
+
+
+def test_a_set_without_prompts(run: Callable[..., Shown]) -> None:
+    with pytest.raises(UserError, match="plain text"):
+        run([{"text": "nobody asks"}], *PPO)

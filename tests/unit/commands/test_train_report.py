@@ -1,4 +1,4 @@
-"""What `gemma-tune sft`, `reward`, `dpo` and `kto` print at their end; each takes recipes of its stage only."""
+"""What `gemma-tune sft`, `reward`, `dpo`, `kto` and `ppo` print at their end; each takes recipes of its stage only."""
 
 from __future__ import annotations
 
@@ -127,7 +127,34 @@ def test_kto_says_on_which_side_the_answers_are(monkeypatch: pytest.MonkeyPatch)
     assert "answers: good +0.500; KL" in printed(monkeypatch, KTO | {"tuned": only_good}, "kto")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
+PPO: dict[str, Any] = {
+    "base": {"score": -0.25, "score_std": 0.5, "kl": 0.0, "kl_k3": 0.0, "entropy": 2.345, "response_length": 60.25}
+    | {"stopped": 0.125, "prompts": 1200, "ended": 1, "answers": 3},
+    "tuned": {"score": 0.75, "score_std": 0.25, "kl": 4.5, "kl_k3": 4.321, "entropy": 1.5, "response_length": 40.0}
+    | {"stopped": 0.9, "prompts": 1200, "ended": 3, "answers": 3},
+    "score_rise": 16.0,
+    **COST,
+    "weights": {"folder": "adapter", "files": {}},
+}
+
+
+def test_ppo_says_what_it_won_and_how_far_it_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert printed(monkeypatch, PPO, "ppo").splitlines() == [
+        "score of responses to 1,200 held-out prompts: -0.250 -> 0.750 (+1.000, +16.0 standard deviations of a "
+        "step's mean)",
+        "distance from the reference (KL): 0.00 -> 4.50 nats a response (k3: 0.00 -> 4.32); entropy 2.35 -> 1.50 nats "
+        "a token",
+        "length of a response: 60.2 -> 40.0 tokens; stopped by themselves: 12.5% -> 90.0%",
+        "answers that end by themselves: 1 -> 3 of 3 prompts",
+        "12 steps, 3,456 tokens in 1.5 s of training (2,304 tokens/s); peak memory 1.00 GiB rss",
+        "result: runs/x/adapter",
+        "talk to it: gemma-tune chat runs/x",
+    ]
+    first, *_ = printed(monkeypatch, PPO | {"score_rise": None}, "ppo").splitlines()
+    assert first.endswith("0.750 (+1.000)")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "ppo"])
 def test_without_held_out_pairs_only_the_cost_is_told(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     lines = printed(monkeypatch, COST | {"base": {}, "tuned": {}}, stage).splitlines()
     assert len(lines) == 2 and lines[0].startswith("12 steps")
@@ -140,7 +167,9 @@ def test_a_length_that_does_not_vary_has_no_correlation(monkeypatch: pytest.Monk
     assert "answer: -0.10" in printed(monkeypatch, REWARD | {"base": base}, "reward")
 
 
-@pytest.mark.parametrize(("command", "stage"), [("sft", "dpo"), ("reward", "sft"), ("dpo", "kto"), ("kto", "reward")])
+@pytest.mark.parametrize(
+    ("command", "stage"), [("sft", "ppo"), ("reward", "sft"), ("dpo", "kto"), ("kto", "reward"), ("ppo", "dpo")]
+)
 def test_a_recipe_of_another_stage_names_its_command(command: str, stage: str, tmp_path: Path) -> None:
     recipe = tmp_path / "my recipe.yaml"
     lines = [
@@ -148,6 +177,7 @@ def test_a_recipe_of_another_stage_names_its_command(command: str, stage: str, t
         "model: {name: google/gemma-3-1b-it}",
         "data: {sources: [{name: x.jsonl}]}",
         "output: x",
+        *(["ppo: {reward: runs/reward}"] if stage == "ppo" else []),
     ]
     recipe.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=f"this recipe is for gemma-tune {stage}") as caught:
@@ -176,4 +206,8 @@ def test_the_plan_in_two_lines() -> None:
     assert second.startswith("batch 16 = 2 pairs x 8 steps x 1 processes, 1024 tokens a prompt with its answer")
     stacked = train.summary(plan_for(changes | {"model.adapter_mode": "stack"}))
     assert "LoRA r=16 on top of runs/quickstart" in stacked
+    _, second = train.summary(plan_for({"stage": "ppo", "ppo.max_new_tokens": 64, "batch.micro": 8})).splitlines()
+    assert second == (
+        "batch 16 = 8 responses x 2 steps x 1 processes, 960 tokens a prompt and 64 a response, learning rate 1e-05"
+    )
     assert "= 4 rows x 4 steps" in train.summary(plan_for({"batch.micro": 4}))

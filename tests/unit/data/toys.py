@@ -9,7 +9,8 @@ from typing import Any
 
 from gemma_tune.data.build import Prepared, build
 from gemma_tune.data.pairs import build_pairs
-from gemma_tune.gemma.conversation import Example, Preference
+from gemma_tune.data.prompts import build_prompts
+from gemma_tune.gemma.conversation import Conversation, Example, Preference
 from gemma_tune.gemma.families import FAMILIES, Family
 
 GEMMA1, GEMMA3, GEMMA4 = FAMILIES["gemma1"], FAMILIES["gemma3_text"], FAMILIES["gemma4"]
@@ -55,3 +56,12 @@ def prepare_pairs(
     name = rows if isinstance(rows, str) else write_jsonl(folder / "rows.jsonl", rows)  # type: ignore[operator]
     defaults: dict[str, Any] = {"sources": [{"name": name}], "max_length": 512, "holdout": 0}
     return build_pairs(family, ByteEncoder(), **defaults | settings)
+
+
+def prepare_prompts(
+    rows: Sequence[Any] | str, folder: Path | None, family: Family = GEMMA3, **settings: Any
+) -> Prepared[Conversation]:
+    """`build_prompts` over rows (or a file), small and without holdout unless asked for."""
+    name = rows if isinstance(rows, str) else write_jsonl(folder / "rows.jsonl", rows)  # type: ignore[operator]
+    defaults: dict[str, Any] = {"sources": [{"name": name}], "max_length": 512, "holdout": 0}
+    return build_prompts(family, ByteEncoder(), **defaults | settings)

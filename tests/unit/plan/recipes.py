@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gemma_tune.gemma.families import FAMILIES
@@ -20,9 +21,12 @@ BASE: dict[str, Any] = {
 
 
 def make_recipe(changes: dict[str, Any] | None = None) -> Recipe:
-    """BASE with `changes`: dotted keys -> values."""
+    """BASE with `changes`: dotted keys -> values. PPO has the reward model in runs/reward where they name none."""
     content: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in BASE.items()}
-    for key, value in (changes or {}).items():
+    changes = changes or {}
+    if changes.get("stage") == "ppo" and "ppo.reward" not in changes:
+        changes = {"ppo.reward": "runs/reward"} | changes
+    for key, value in changes.items():
         *sections, leaf = key.split(".")
         place = content
         for section in sections:
@@ -36,15 +40,21 @@ def plan_for(
     machine: str | Machine = "rtx4090",
     world_size: int | None = None,
     start: Start | None = None,
+    rewards: Sequence[Start] | None = None,
 ) -> Plan:
-    """The plan of BASE with `changes` on a machine of the table. `start` stands for what `model.adapter` names."""
+    """The plan of BASE with `changes` on a machine of the table.
+
+    `start` stands for what `model.adapter` names, `rewards` for the reward models that `ppo.reward` names.
+    """
     recipe = make_recipe(changes)
     shape = PUBLISHED[recipe.model.name]
     family = FAMILIES[shape.family]
     target = MACHINES[machine] if isinstance(machine, str) else machine
     if recipe.model.adapter and start is None:
         start = saved_adapter(family.lora_targets["attention"])
-    return make_plan(recipe, target, shape, family, start=start, world_size=world_size)
+    if rewards is None:
+        rewards = [saved_adapter(rank=8, targets="mlp") for _ in recipe.ppo.models] if recipe.stage == "ppo" else []
+    return make_plan(recipe, target, shape, family, start=start, rewards=rewards, world_size=world_size)
 
 
 def saved_adapter(target_modules: str = "pattern", **changes: Any) -> Start:

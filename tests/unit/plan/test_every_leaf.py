@@ -59,6 +59,32 @@ FLIPS: dict[str, Any] = {
     "kto.beta": 0.01,
     "kto.desirable_weight": 1.3,
     "kto.undesirable_weight": 0.8,
+    "ppo.reward.source": "runs/other",
+    "ppo.reward.weight": 0.5,
+    "ppo.max_new_tokens": 128,
+    "ppo.temperature": 0.7,
+    "ppo.top_k": 50,
+    "ppo.top_p": 0.9,
+    "ppo.samples_per_prompt": 4,
+    "ppo.estimator": "reinforce_pp",
+    "ppo.epochs": 4,
+    "ppo.minibatches": 2,
+    "ppo.critic": "head",
+    "ppo.critic_learning_rate": 1e-4,
+    "ppo.critic_warmup": 3,
+    "ppo.clip": 0.1,
+    "ppo.value_clip": 0.5,
+    "ppo.gamma": 0.99,
+    "ppo.lam": 1.0,
+    "ppo.kl": 0.2,
+    "ppo.kl_target": 6.0,
+    "ppo.kl_horizon": 5000,
+    "ppo.stop_kl": 0.1,
+    "ppo.entropy": 0.01,
+    "ppo.missing_stop_penalty": 0.0,
+    "ppo.normalize": False,
+    "ppo.score_clip": None,
+    "ppo.whiten_rewards": True,
     "data.sources.name": "mine.jsonl",
     "data.sources.format": "messages",
     "data.sources.columns": {"messages": "turns"},
@@ -81,7 +107,7 @@ FLIPS: dict[str, Any] = {
     "data.on_overlong": "drop",
     "data.on_bad_row": "drop",
     "data.workers": 2,
-    "optim.learning_rate": 1e-5,
+    "optim.learning_rate": 3e-5,
     "optim.schedule": "linear",
     "optim.warmup_ratio": 0.1,
     "optim.epochs": 2.0,
@@ -90,7 +116,7 @@ FLIPS: dict[str, Any] = {
     "optim.weight_decay": 0.1,
     "optim.max_grad_norm": 0.3,
     "optim.beta1": 0.8,
-    "optim.beta2": 0.95,
+    "optim.beta2": 0.9,
     "optim.epsilon": 1e-6,
     "batch.size": 32,
     "batch.micro": 16,
@@ -116,6 +142,7 @@ FLIPS: dict[str, Any] = {
 COMPANIONS: dict[str, dict[str, Any]] = {
     "data.streaming": {"data.holdout": 50, "optim.max_steps": 100},
     "model.adapter_mode": {"model.adapter": "runs/sft"},
+    "ppo.kl_horizon": {"ppo.kl_target": 6.0},
 }
 
 
@@ -146,6 +173,8 @@ def held(plan: Plan) -> dict[str, Any]:
 def with_flip(leaf: str, value: Any) -> dict[str, Any]:
     if leaf.startswith("data.sources."):
         return {"data.sources": [{"name": "ultrachat"} | {leaf.rpartition(".")[2]: value}]}
+    if leaf.startswith("ppo.reward."):
+        return {"ppo.reward": [{"source": "runs/reward"} | {leaf.rpartition(".")[2]: value}]}
     return {leaf: value}
 
 
@@ -156,14 +185,14 @@ def test_the_table_covers_every_leaf_and_nothing_else():
 def read_in(stage: str) -> list[str]:
     """The leaves that this stage reads."""
     unread = {
-        "sft": lambda leaf: leaf.startswith(("reward.", "dpo.", "kto.")),
-        "reward": lambda leaf: (
-            leaf.startswith(("dpo.", "kto.")) or leaf in ONLY_SFT | NOT_REWARD | {"model.adapter_mode"}
-        ),
-        "dpo": lambda leaf: leaf.startswith(("reward.", "kto.")) or leaf in ONLY_SFT,
-        "kto": lambda leaf: leaf.startswith(("reward.", "dpo.")) or leaf in ONLY_SFT,
-    }
-    return [leaf for leaf in FLIPS if not unread[stage](leaf)]
+        "sft": set(),
+        "reward": ONLY_SFT | NOT_REWARD | {"model.adapter_mode"},
+        "dpo": ONLY_SFT,
+        "kto": ONLY_SFT,
+        "ppo": ONLY_SFT,
+    }[stage]
+    others = tuple(f"{other}." for other in CONFIGS if other != stage)
+    return [leaf for leaf in FLIPS if leaf not in unread and not leaf.startswith(others)]
 
 
 @pytest.mark.parametrize(("stage", "leaf"), [(stage, leaf) for stage in CONFIGS for leaf in read_in(stage)])

@@ -7,7 +7,8 @@ import pytest
 from gemma_tune.gemma.shape import count, layers_of
 from gemma_tune.gemma.sizes import PUBLISHED
 from gemma_tune.plan.machine import GIB, MIB
-from gemma_tune.plan.memory import Workload, estimate, layer_bytes, total
+from gemma_tune.plan.memory import estimate, layer_bytes, total
+from gemma_tune.plan.workload import Workload
 
 QLORA = Workload(
     device="cuda",

@@ -21,6 +21,11 @@ def start(recipe):
     return saved_adapter(rank=16, targets="all-linear") if recipe.model.adapter else None
 
 
+def rewards(recipe):
+    """The reward models that it names."""
+    return [saved_adapter(rank=16, targets="all-linear") for _ in recipe.ppo.models]
+
+
 def test_there_are_recipes():
     assert RECIPES
 
@@ -31,7 +36,7 @@ def test_a_recipe_is_planned(path, machine):
     recipe, target = read_recipe(path), MACHINES[machine]
     family, shape = model_facts(recipe.model.name, recipe.model.revision)
     processes = most_processes(recipe, target)  # a small batch cannot be split over 8 GPUs
-    plan = make_plan(recipe, target, shape, family, start=start(recipe), world_size=processes)
+    plan = make_plan(recipe, target, shape, family, start=start(recipe), rewards=rewards(recipe), world_size=processes)
     trainer = plan.values("trainer")
     assert (
         trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"] * processes == recipe.batch.size
@@ -46,4 +51,4 @@ def test_a_recipe_fits_the_machine_that_it_names(path):
     machine = "rtx4090" if "24 GB" in first else "t4" if "T4" in first else "cpu"
     recipe = read_recipe(path)
     family, shape = model_facts(recipe.model.name, recipe.model.revision)
-    require_fit(make_plan(recipe, MACHINES[machine], shape, family, start=start(recipe)))
+    require_fit(make_plan(recipe, MACHINES[machine], shape, family, start=start(recipe), rewards=rewards(recipe)))

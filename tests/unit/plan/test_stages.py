@@ -1,4 +1,4 @@
-"""Plans of reward models, of DPO and of KTO: defaults of a stage, pairs, the adapter to begin with, the reference."""
+"""Plans of the stages that are not SFT: defaults, pairs, the adapter to begin with, the reference. PPO: test_ppo.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.gemma.shape import count
 from gemma_tune.gemma.sizes import PUBLISHED
 from gemma_tune.plan.machine import GIB, MACHINES
-from gemma_tune.plan.memory import Workload, estimate, total
+from gemma_tune.plan.memory import estimate, total
 from gemma_tune.plan.plan import make_plan
 from gemma_tune.plan.stages import written
+from gemma_tune.plan.workload import Workload
 from tests.unit.plan.recipes import make_recipe, plan_for, saved_adapter
 from tests.unit.plan.test_memory import QLORA
 
@@ -26,14 +27,16 @@ STACKED = BEGUN | {"model.adapter_mode": "stack"}
 # --- defaults of a stage
 
 
-@pytest.mark.parametrize(("stage", "rate"), [("sft", 2e-4), ("reward", 1e-4), ("dpo", 5e-6), ("kto", 5e-6)])
+@pytest.mark.parametrize(
+    ("stage", "rate"), [("sft", 2e-4), ("reward", 1e-4), ("dpo", 5e-6), ("kto", 5e-6), ("ppo", 1e-5)]
+)
 def test_each_stage_has_its_learning_rate(stage: str, rate: float) -> None:
     chosen = plan_for({"stage": stage}).trainer["learning_rate"]
     assert chosen.value == rate
     assert chosen.reason.startswith("default" if stage == "sft" else f"{stage}: ")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "ppo"])
 def test_what_was_written_wins_even_where_it_is_the_schemas_default(stage: str) -> None:
     chosen = plan_for({"stage": stage, "optim.learning_rate": 2e-4}).trainer["learning_rate"]
     assert (chosen.value, chosen.reason) == (2e-4, "recipe")
@@ -147,7 +150,7 @@ def test_a_stacked_adapter_is_the_recipes() -> None:
 
 
 def test_without_one_a_new_one_is_trained() -> None:
-    for stage in ("sft", "reward", "dpo"):
+    for stage in ("sft", "reward", "dpo", "ppo"):
         assert plan_for({"stage": stage}).values("session")["adapter"] == {"start": None, "mode": None}
 
 
@@ -250,6 +253,8 @@ def test_a_reward_model_scores_no_vocabulary() -> None:
         (STACKED | {"stage": "sft"}, 4),
         (BEGUN | {"stage": "reward"}, 0),
         (BEGUN | {"stage": "kto"}, 4),
+        (BEGUN | {"stage": "ppo"}, 4),
+        ({"stage": "ppo"}, 0),
     ],
 )
 def test_which_plans_hold_a_frozen_adapter(changes: dict[str, Any], frozen: int) -> None:
@@ -257,7 +262,7 @@ def test_which_plans_hold_a_frozen_adapter(changes: dict[str, Any], frozen: int)
     per_rank = count(PUBLISHED["google/gemma-3-1b-it"]).lora_per_rank["attention"]
     assert (found["frozen adapter"].bytes if "frozen adapter" in found else 0) == frozen * per_rank * 4
     if frozen:
-        why = "the reference" if changes["stage"] in ("dpo", "kto") else "the new adapter stands on"
+        why = "the reference" if changes["stage"] in ("dpo", "kto", "ppo") else "the new adapter stands on"
         assert why in found["frozen adapter"].formula
 
 

@@ -1,4 +1,4 @@
-"""The adapter that a training begins with: read from its configuration, refused where it does not fit."""
+"""The adapter that a training begins with, and reward models: read from their files, refused where they do not fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import pytest
 
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import FAMILIES
-from gemma_tune.plan.starts import REWARD_HEAD, WEIGHTS, adapter_folder, read_start, start_of
+from gemma_tune.plan.starts import (
+    REWARD_HEAD,
+    STATS_FILE,
+    WEIGHTS,
+    adapter_folder,
+    read_reward,
+    read_start,
+    rewards_of,
+    start_of,
+)
 from tests.unit.plan.recipes import make_recipe
 
 FAMILY = FAMILIES["gemma3_text"]
@@ -173,3 +182,113 @@ def test_a_folder_without_an_adapter(tmp_path: Path, files: list[str], said: str
 def test_no_folder() -> None:
     with pytest.raises(UserError, match="there is no folder 'runs/nowhere'"):
         read_start("runs/nowhere", BASE, FAMILY)
+
+
+# --- reward models
+
+STATS: dict[str, Any] = {
+    "family": FAMILY.name,
+    "template_sha256": FAMILY.template_sha256,
+    "token_id": FAMILY.turn_end_id,
+    "mean": 0.5,
+    "std": 2.0,
+}
+
+
+def reward(folder: Path, config: dict[str, Any] | None = None, stats: dict[str, Any] | None = None) -> str:
+    """A run of `gemma-tune reward`, of which nobody reads the weights."""
+    inside = adapter(folder / "adapter", config)
+    (inside / REWARD_HEAD).write_bytes(b"")
+    (inside / STATS_FILE).write_text(json.dumps(STATS | (stats or {})))
+    return str(folder)
+
+
+def test_a_reward_model_has_rank_and_targets(tmp_path: Path) -> None:
+    found = read_reward(reward(tmp_path / "run"), BASE, FAMILY)
+    assert (found.rank, found.targets) == (8, "mlp")
+    assert found == read_reward(str(tmp_path / "run/adapter"), BASE, FAMILY)
+
+
+@pytest.mark.parametrize(
+    ("config", "stats", "said"),
+    [
+        ({"base_model_name_or_path": "google/gemma-2-2b"}, {}, "was trained on google/gemma-2-2b, and model.name is"),
+        ({"r": "8"}, {}, "of the wrong kind"),
+        ({"peft_type": "IA3"}, {}, "its kind is 'IA3'"),
+        ({}, {"family": "gemma2"}, "trained with family 'gemma2', here it is 'gemma3_text'"),
+        ({}, {"template_sha256": "0" * 64}, "trained with template_sha256 '0000"),
+        ({}, {"token_id": 1}, "trained with token_id 1, here it is 106"),
+        ({}, {"std": 0}, "gives no scale: mean 0.5, std 0"),
+        ({}, {"mean": None}, "gives no scale: mean None, std 2.0"),
+        ({}, {"std": float("nan")}, "gives no scale"),
+        ({}, {"std": True}, "gives no scale"),
+    ],
+)
+def test_reward_models_that_do_not_fit(
+    tmp_path: Path, config: dict[str, Any], stats: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        read_reward(reward(tmp_path, config, stats), BASE, FAMILY)
+    problem = caught.value.problems[0]
+    assert str(tmp_path) in problem.where and problem.fix
+
+
+def test_a_scale_is_asked_for_only_where_rewards_are_scaled(tmp_path: Path) -> None:
+    assert read_reward(reward(tmp_path, stats={"std": 0}), BASE, FAMILY, scaled=False).rank == 8
+
+
+@pytest.mark.parametrize(
+    ("remove", "said"),
+    [
+        (REWARD_HEAD, "this is no reward model"),
+        (STATS_FILE, f"{STATS_FILE} is missing"),
+        (WEIGHTS, f"{WEIGHTS} is missing"),
+        ("adapter_config.json", "there is no adapter in"),
+    ],
+)
+def test_reward_models_that_lack_a_file(tmp_path: Path, remove: str, said: str) -> None:
+    target = reward(tmp_path)
+    (tmp_path / "adapter" / remove).unlink()
+    with pytest.raises(UserError, match=said):
+        read_reward(target, BASE, FAMILY)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_damaged_statistics(tmp_path: Path, text: str) -> None:
+    target = reward(tmp_path)
+    (tmp_path / "adapter" / STATS_FILE).write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_reward(target, BASE, FAMILY)
+    assert STATS_FILE in caught.value.problems[0].where
+
+
+def test_no_folder_of_a_reward_model() -> None:
+    with pytest.raises(UserError, match="there is no folder 'runs/nowhere'") as caught:
+        read_reward("runs/nowhere", BASE, FAMILY)
+    assert caught.value.problems[0].where == "ppo.reward"
+
+
+def test_the_rewards_of_a_recipe(tmp_path: Path) -> None:
+    function = tmp_path / "mine.py"
+    function.write_text("raise SystemExit")  # the file must be there; nobody runs it yet
+    models = [reward(tmp_path / name, {"r": rank}) for name, rank in (("a", 4), ("b", 6))]
+    sources = [{"source": models[0]}, {"source": f"{function}:score"}, {"source": models[1]}]
+    recipe = make_recipe({"stage": "ppo", "ppo.reward": sources})
+    assert [found.rank for found in rewards_of(recipe, FAMILY)] == [4, 6]
+    assert rewards_of(make_recipe(), FAMILY) == ()
+    function.unlink()
+    with pytest.raises(UserError, match="there is no file"):
+        rewards_of(recipe, FAMILY)
+
+
+def test_check_refuses_a_reward_model_of_another_base(tmp_path: Path) -> None:
+    from gemma_tune.commands import check
+
+    other = reward(tmp_path / "run", {"base_model_name_or_path": "google/gemma-3-270m"})
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"stage: ppo\nmodel: {{name: {BASE}}}\ndata: {{sources: [{{name: x.jsonl}}]}}\n"
+        f"ppo: {{reward: {other}}}\noutput: x\n"
+    )
+    with pytest.raises(UserError, match="was trained on google/gemma-3-270m, and model"):
+        check.run(str(recipe), [], "t4", True)

@@ -148,7 +148,7 @@ def test_unknown_keys_say_what_was_meant(extra: str, said: str) -> None:
 
 def test_source_is_called_sources() -> None:
     base = BASE.replace("  sources:\n    - name: ultrachat", "  source: ultrachat")
-    assert any("data.source: unknown key; it is called data.sources here" in text for text in findings(base=base))
+    assert any("data.source: unknown key here; did you mean 'sources'?" in text for text in findings(base=base))
 
 
 @pytest.mark.parametrize("ours", sorted({ours for ours, _ in ELSEWHERE.values()} | set(OWNED_BY_RECIPE.values())))
@@ -255,7 +255,7 @@ def test_nearest_keeps_quiet_when_nothing_is_near() -> None:
         ("optim:\n", "optim: is empty\n  fix: remove the line `optim:`"),
         ("adapter:\n", "adapter: is empty\n  fix: remove the line for LoRA's defaults, or write `adapter: null`"),
         ("adapter: false\n", "adapter: needs a section (`key: value` lines), or null, got false"),
-        ("stage: dpx\n", "stage: needs one of 'sft', 'reward', 'dpo' or 'kto', got the text 'dpx'\n  fix: write dpo"),
+        ("stage: dpx\n", "stage: needs one of 'sft', 'reward', 'dpo', 'kto' or 'ppo', got the text 'dpx'\n  fix: write dpo"),
         ("advanced: {trainer: {x: .inf}}\n", "advanced.trainer.x: .inf is not a finite number"),
         ("advanced: {trainer: [1]}\n", "advanced.trainer: needs a section"),
     ],

@@ -140,8 +140,9 @@ def test_a_copy_of_any_recipe_needs_no_checkout(
     monkeypatch.chdir(tmp_path)
     target, *_ = copy_shipped(recipe.name)
     assert "recipes/" not in target.read_text("utf-8")
-    for source in read_recipe(target).data.sources:
-        file = source.name.partition(":")[0]
+    copied = read_recipe(target)
+    names = [source.name for source in copied.data.sources] + [source.source for source in copied.ppo.reward]
+    for file in (name.partition(":")[0] for name in names):
         assert not file.endswith(".py") or Path(file).is_file()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -170,6 +170,17 @@ def test_the_first_user_turn_of_a_held_out_row_and_what_follows() -> None:
     assert found is not None and (found.label, found.reference, found.held_out) == ("One?", "Two.", True)
     assert isinstance(found.example, Conversation)
     assert [message.content for message in found.example.messages] == ["Be brief.", "One?"] and found.example.thinking
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_a_conversation_that_ends_before_an_answer_is_the_whole_prompt(role: Literal["user", "tool"]) -> None:
+    turns = (Message("user", "One?"), Message("model", "Two."), Message(role, "Three?"))
+    row = Conversation(turns, tools=({"function": {"name": "f"}},), thinking=True)
+    found = prompt_of(row)
+    assert found is not None and found.example == row
+    assert (found.label, found.reference, found.held_out) == ("Three?", "", True)
+    [first, second] = sample_prompts(["Three?"], [row, row], 2)
+    assert (first.held_out, second.example) == (False, row), "it is no other prompt's repetition but its own"
 
 
 def test_a_document_is_continued_from_its_first_words(tokenizer: Any) -> None:
