@@ -377,7 +377,7 @@ class Ppo(Section):
     score_clip: Annotated[Number, Field(gt=0)] | None = 10.0
     """Bound of a response's score, before the penalty, as OpenRLHF's; null: none."""
     whiten_rewards: bool = False
-    """Divide the tokens' rewards by their deviation. Advantages are whitened in any case."""
+    """Scale the tokens' rewards to a deviation of 1 around their mean. Advantages are whitened in any case."""
 
     @property
     def models(self) -> tuple[str, ...]:
