@@ -207,7 +207,7 @@ class ProgressDisplay(TrainerCallback):
         done = state.global_step - self._start[0]
         left = (now - self._start[1]) / max(done, 1) * (state.max_steps - state.global_step)
         self._console.print(
-            f"step {state.global_step:,} of {state.max_steps:,}: {self._figure}, "
+            f"step {state.global_step:,} of {state.max_steps:,}: {self._figure + ', ' if self._figure else ''}"
             f"{speed:,.0f} tokens/s, {clock_time(left)} left",
             highlight=False,
         )

@@ -1,7 +1,7 @@
 """What PPO learns from a minibatch does not depend on passes, padding, order, or the number of processes.
 
 In fp64, but for what is fp32 by design: log-probabilities, values and the critic's head. In fp32 the gradients of
-different passes differ by 2e-6 of their size, by the rounding of the products.
+different passes differ by 1e-6 of their size, by the rounding of the products.
 """
 
 from __future__ import annotations
@@ -145,20 +145,14 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_two_processes_learn_what_one_does(tmp_path: Path, both: list[dict[str, Any]], estimator: str) -> None:
     alone = step_on(tmp_path, estimator, 0, 1)
     assert alone["metrics"]["policy/grad_norm"] > 0.1, "it is clipped, and a clip before the sum would show"
-    # The largest ratio and the first gap are each process's own.
-    means = {name: value for name, value in alone["metrics"].items() if name not in OWN}
     for rank, one in enumerate(found[estimator] for found in both):
         assert deviation(one["gradients"], alone["gradients"]) <= CLOSE
         assert deviation(one["moved"], alone["moved"]) <= 4 * CLOSE, "in four steps"
-        assert {name: one["metrics"][name] for name in means} == pytest.approx(means, rel=CLOSE, abs=CLOSE)
+        assert one["metrics"] == pytest.approx(alone["metrics"], rel=CLOSE, abs=CLOSE)
         own = slice(rank * COUNT // 2, (rank + 1) * COUNT // 2)
         for name in ("advantages", "returns"):
             width = one[name].shape[1]
             torch.testing.assert_close(one[name], alone[name][own, :width], atol=CLOSE, rtol=CLOSE)
     first, second = (found[estimator] for found in both)
     assert all(torch.equal(first["moved"][name], second["moved"][name]) for name in first["moved"])
-    largest = max(one["metrics"]["val/ratio_max"] for one in (first, second))
-    assert largest == pytest.approx(alone["metrics"]["val/ratio_max"], rel=CLOSE)
-
-
-OWN = ("val/ratio_max", "val/first_ratio_gap")
+    assert first["metrics"] == second["metrics"]

@@ -87,13 +87,20 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 
 def full_cast(
-    tiny: Tiny, runs: dict[str, Path], critic: Any = "adapter", mode: Any = "continue", **changes: Any
+    tiny: Tiny,
+    runs: dict[str, Path],
+    critic: Any = "adapter",
+    mode: Any = "continue",
+    begin: Any = "kind",
+    **changes: Any,
 ) -> Actors:
-    """All roles: a policy that begins with the SFT adapter, its reference, two reward models and a critic."""
+    """All roles: a policy that begins with the SFT adapter, its reference, two reward models, and a critic that begins
+    with one of them."""
     quantization = changes.pop("quantization", None)
     policy = begin_with(base(tiny, quantization), runs["sft"], lora(2), FAMILY, mode=mode, keep_frozen=True)
     rewards = [str(runs[name]) for name in SCALES]
-    return cast_roles(policy, FAMILY, lora(), rewards=rewards, critic=critic, mode=mode, **changes)
+    begin = str(runs[begin]) if begin else None
+    return cast_roles(policy, FAMILY, lora(), rewards=rewards, critic=critic, begin=begin, mode=mode, **changes)
 
 
 def rows_of(lengths: tuple[int, ...] = (5, 11, 8)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,23 +319,30 @@ def alone(tiny: Tiny, folder: Path, quantization: dict[str, Any] | None = None) 
     return RewardModel(trunk, open_head(folder, trunk.config.get_text_config().hidden_size)).eval()
 
 
+@pytest.mark.parametrize("begin", SCALES)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_the_critic_begins_with_what_the_first_reward_model_says(
-    tiny: Tiny, runs: dict[str, Path], normalize: bool
+def test_the_critic_begins_with_what_a_reward_model_says(
+    tiny: Tiny, runs: dict[str, Path], normalize: bool, begin: str
 ) -> None:
-    actors = full_cast(tiny, runs, normalize=normalize)
+    actors = full_cast(tiny, runs, normalize=normalize, begin=begin)
     ids, mask = rows_of()
-    mean, std = SCALES["kind"] if normalize else (0.0, 1.0)
+    mean, std = SCALES[begin] if normalize else (0.0, 1.0)
     with torch.no_grad():
         values = actors.values(ids, mask, last_places(mask))
-        rewards = actors.rate(str(runs["kind"]), ids, mask)
-    torch.testing.assert_close(values, (rewards - mean) / std, atol=1e-6, rtol=1e-5)
+        rewards = actors.rate(str(runs[begin]), ids, mask)
+    torch.testing.assert_close(values, (rewards - mean) / std, atol=1e-5, rtol=1e-5)
+    assert values.std() > 1e-2
 
 
-def test_without_a_reward_model_the_critic_begins_with_zero(tmp_path: Path) -> None:
-    for critic in ("adapter", "head"):
-        actors = small_actors(critic=critic)
-        trainer = small_trainer(tmp_path, lambda _: [], actors=actors, critic=critic)
+def test_otherwise_it_begins_with_zero(tiny: Tiny, runs: dict[str, Path], tmp_path: Path) -> None:
+    casts = (
+        small_actors(critic="adapter"),
+        small_actors(critic="head"),
+        full_cast(tiny, runs, begin=None),
+        full_cast(tiny, runs, "head"),
+    )
+    for actors in casts:
+        trainer = small_trainer(tmp_path, lambda _: [], actors=actors, critic=actors.critic)
         assert not trainer.observe(some_rollout(), whole(16)).values.any()
 
 

@@ -47,8 +47,9 @@ def heard() -> Iterator[list[torch.Tensor]]:
         yield found
 
 
-def drawn_with(rollout: Rollout, logits: list[torch.Tensor], temperature: float, together: int = 64) -> torch.Tensor:
+def drawn_with(rollout: Rollout, logits: list[torch.Tensor], temperature: float) -> torch.Tensor:
     """[B, T] log-probabilities of the responses by the logits of `generate`, zeros behind them."""
+    together = len(logits[0])
     order = sorted(range(len(rollout)), key=lambda row: (len(rollout.prompts[row]), row))
     found = torch.zeros(rollout.mask.shape)
     for start, batch in zip(range(0, len(order), together), logits, strict=True):
@@ -82,7 +83,13 @@ def test_log_probabilities_of_the_cached_rollout_are_those_of_the_training(
     """To 1e-5 in fp32, also with top-k and top-p: what they leave out still counts as possible."""
     actors = stir(small_actors(), 1)
     trainer = small_trainer(
-        tmp_path, wanted_share, actors=actors, max_new_tokens=16, activation_checkpointing=checkpointing, **sampled
+        tmp_path,
+        wanted_share,
+        actors=actors,
+        max_new_tokens=16,
+        per_device_eval_batch_size=64,
+        activation_checkpointing=checkpointing,
+        **sampled,
     )
     rollout = rolled_out(trainer, prompts_of(96, longest=longest))
     found = trainer.observe(rollout, whole(96, 20)).log_probs

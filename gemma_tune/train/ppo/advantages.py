@@ -47,7 +47,9 @@ def whiten(
 ) -> torch.Tensor:
     """values [B, T] scaled to variance 1 over the tokens of all processes, and with `shift_mean` to mean 0.
 
-    Advantages are whitened with the shift, rewards without it: a shift of the rewards would pay for length.
+    Advantages are whitened with the shift. Rewards are without it, and keep their mean m: every token is given
+    m (1 - 1 / deviation) then, so that with `ppo.whiten_rewards` length is paid for, or fined, by the sign of m. That
+    is OpenAI's formula and TRL's, and the recipe's default is off.
 
     1e-8 is added to the variance, as in Ziegler et al.'s code (openai/lm-human-preferences, `utils/core.py`, `whiten`)
     and in details 24 and 25 of the N+ implementation details (arXiv 2403.17031): equal values become 0 instead of

@@ -39,6 +39,47 @@ def test_log_probs_entropy_and_gradient_are_those_of_autograd(softcap, tile_rows
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("tile_rows", [2, 1000])
+def test_at_a_temperature_and_with_the_gradient_of_the_entropy(softcap, temperature, tile_rows, monkeypatch):
+    """In fp64, but for the logits: log-probabilities and entropies are fp32, and so is what hangs on them."""
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 16, dtype=torch.float64)
+    weight, labels = torch.randn(50, 16, dtype=torch.float64), torch.randint(0, 50, (7,))
+    of_log_probs, of_entropy = torch.randn(7), torch.randn(7)
+    monkeypatch.setattr(loss_head, "TILE_BYTES", tile_rows * 4 * 50)
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    log_probs, entropy, is_top1, mean_logits = FrozenHeadLogProbs.apply(
+        ours, weight, labels, softcap, temperature, True
+    )
+    capped = theirs @ weight.T if softcap is None else softcap * (theirs @ weight.T / softcap).tanh()
+    expected = (capped / temperature).log_softmax(-1)
+    own, spent = expected.gather(-1, labels[:, None])[:, 0], -(expected.exp() * expected).sum(-1)
+    torch.testing.assert_close(log_probs.double(), own, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(entropy.double(), spent, atol=1e-5, rtol=1e-6)
+    assert is_top1.tolist() == (capped.argmax(-1) == labels).tolist()
+    torch.testing.assert_close(mean_logits.double(), capped.mean(-1), atol=1e-5, rtol=1e-5)
+    for mine, plain in (
+        ((log_probs * of_log_probs).sum(), (own * of_log_probs).sum()),
+        ((entropy * of_entropy).sum(), (spent * of_entropy).sum()),
+        ((log_probs * of_log_probs + entropy * of_entropy).sum(), (own * of_log_probs + spent * of_entropy).sum()),
+    ):
+        [found] = torch.autograd.grad(mine, ours, retain_graph=True)
+        [exact] = torch.autograd.grad(plain, theirs, retain_graph=True)
+        torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
+        assert exact.abs().max() > 1e-2
+
+
+def test_without_being_asked_the_entropy_has_no_gradient():
+    hidden = torch.randn(3, 8, requires_grad=True)
+    scored = FrozenHeadLogProbs.apply(hidden, torch.randn(20, 8), torch.tensor([1, 2, 3]), None, 0.5)
+    assert [tensor.requires_grad for tensor in scored] == [True, False, False, False]
+    with torch.no_grad():
+        scored = FrozenHeadLogProbs.apply(hidden, torch.randn(20, 8), torch.tensor([1, 2, 3]), None, 0.5, True)
+    assert not any(tensor.requires_grad for tensor in scored)
+
+
 @pytest.mark.parametrize(("softcap", "most"), [(None, 16), (30.0, 24)])
 def test_the_gradient_of_a_well_predicted_token_is_not_rounded_away(softcap, most):
     torch.manual_seed(0)
