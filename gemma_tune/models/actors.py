@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import Family
 from gemma_tune.models.lora import add_saved, keep_fp32
 from gemma_tune.models.reward import RewardHead, base_of, check_stats, last_hidden, open_head, read_stats
@@ -158,8 +159,10 @@ def cast_roles(
             head, so that its first values are those rewards.
 
     Raises:
-        UserError: a reward model is damaged, or made for another base or template.
+        UserError: a reward model is damaged, or made for another base or template; or the policy's adapter is on the
+            LM head as well.
     """
+    _check_head(model)
     cast = {
         source: _cast_reward(model, adapter_folder(source, where="ppo.reward"), f"reward_{number}", family)
         for number, source in enumerate(rewards)
@@ -179,6 +182,18 @@ def cast_roles(
         parameter.requires_grad = _belongs(name, TRAINED) or (critic == "adapter" and _belongs(name, CRITIC))
     keep_fp32(model)
     return Actors(model, mode=mode, rewards=cast, critic=critic, value_head=head)
+
+
+def _check_head(model: PeftModel) -> None:
+    """Log-probabilities are taken from the base's own head: what an adapter adds to it would be sampled, not learnt."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(base_of(model).get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            "this adapter is on the LM head (lm_head) as well, which PPO leaves as it is",
+            where="model.adapter",
+            fix="begin with an adapter that is on the layers only, as adapter.targets: all-linear makes it",
+        )
 
 
 def _cast_reward(model: PeftModel, folder: Path, name: str, family: Family) -> RewardRole:

@@ -43,6 +43,7 @@ _FIXED: dict[str, str] = {
 }
 _NO_REMOTE_CODE = "no code from a model folder is run"
 _OWN_LOOP = "the loop of PPO is ours, and has no use for it"
+_NO_SHARDS = "every process of PPO holds the whole base and all roles"
 _FIXED_OF_STAGE: dict[str, dict[str, str]] = {
     "sft": {"truncation_mode": _OWN_DATA, "trust_remote_code": _NO_REMOTE_CODE},
     "reward": {
@@ -74,6 +75,17 @@ _FIXED_OF_STAGE: dict[str, dict[str, str]] = {
         "use_liger_kernel": _OWN_LOOP,
         "label_smoothing_factor": _OWN_LOOP,
         "torch_compile": _OWN_LOOP,
+        "torch_compile_backend": _OWN_LOOP,
+        "torch_compile_mode": _OWN_LOOP,
+        "liger_kernel_config": _OWN_LOOP,
+        "torch_empty_cache_steps": _OWN_LOOP,
+        "dataloader_num_workers": _OWN_LOOP,
+        "dataloader_drop_last": _OWN_LOOP,
+        "accelerator_config": _OWN_LOOP,
+        "fsdp": _NO_SHARDS,
+        "fsdp_config": _NO_SHARDS,
+        "deepspeed": _NO_SHARDS,
+        "parallelism_config": _NO_SHARDS,
     },
 }
 

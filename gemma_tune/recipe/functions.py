@@ -59,7 +59,7 @@ def load_user_function(name: str) -> UserFunction:
     return UserFunction(function, path, function_name)
 
 
-def failure(error: Exception, path: Path) -> Problem:
+def failure(error: Exception | SystemExit, path: Path) -> Problem:
     """What the user's file raised, at which of its lines, and what to do about it."""
     file = str(path.resolve())
     if isinstance(error, SyntaxError) and error.filename == file:
@@ -81,6 +81,6 @@ def _module(path: Path) -> Any:
     sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError.of([failure(error, path)]) from error
     return module

@@ -87,7 +87,8 @@ def identity_of(
     if start is not None:
         flat["adapter.start"] = start
         flat["adapter.mode"] = (plan.values("session").get("adapter") or {}).get("mode")
-    if plan.stage == "ppo":  # responses that are drawn together share the random numbers
+    if plan.stage == "ppo":  # a process draws with noise of its own, which responses that are drawn together share
+        flat["world_size"] = world_size
         flat["trainer.per_device_eval_batch_size"] = trainer.get("per_device_eval_batch_size")
     if rewards:
         weights = [source["weight"] for source in plan.values("session")["rewards"]]

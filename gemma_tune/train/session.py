@@ -141,12 +141,12 @@ class RunFolder:
             self._take_lock()
             checkpoint.sweep(self.path)
             earlier = self.saved_record() if resumed.found else {}
-            step = resumed.found.step if resumed.found else 0
-            checkpoint.set_aside_after(self.path, step if resumed.found else -1)
+            done = resumed.found.step if resumed.found else -1  # a checkpoint of step 0 holds the base's figures
+            checkpoint.set_aside_after(self.path, done)
             for name in ("metrics.jsonl", "samples.jsonl"):
-                keep_lines_until(self.path / name, step)
+                keep_lines_until(self.path / name, done)
             self.record = dict(record)
-            self.record["segments"] = [*earlier.get("segments", []), {"from_step": step, "started": now()}]
+            self.record["segments"] = [*earlier.get("segments", []), {"from_step": max(done, 0), "started": now()}]
             self.record["started"] = earlier.get("started") or now()
             self.record["results"] = earlier.get("results", {})
             if "wandb" in earlier:
@@ -227,7 +227,10 @@ def is_first_process() -> bool:
 
 
 def keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of a .jsonl file after `step`, which a resumed run writes again, and a last line that was cut."""
+    """Drop the lines of a .jsonl file after `step`, which a resumed run writes again, and a last line that was cut.
+
+    -1, without a checkpoint, drops them all.
+    """
     if not path.is_file():
         return
     kept = []
@@ -236,7 +239,7 @@ def keep_lines_until(path: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:
             continue
-        if row.get("step", 0) <= step and step > 0:
+        if row.get("step", 0) <= step:
             kept.append(line + "\n")
     checkpoint.write_atomically(path, "".join(kept))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gemma_tune.cli import main
 from gemma_tune.train import checkpoint
@@ -148,6 +150,17 @@ def test_stacked_on_a_frozen_adapter_it_is_saved_as_one(tiny: Tiny, tmp_path: Pa
     assert list(opened.peft_config) == ["default"] and opened.peft_config["default"].r == 8
 
 
+@pytest.mark.parametrize(("stop_kl", "steps"), [(None, 4), (1e-12, 1)])
+def test_the_speed_of_the_update_counts_what_was_learnt_from(
+    tiny: Tiny, tmp_path: Path, stop_kl: float | None, steps: int
+) -> None:
+    """Two epochs of two minibatches, or what `stop_kl` leaves of them."""
+    assert main(["ppo", str(ppo_recipe(tmp_path, tiny("gemma3_text"), ppo={"stop_kl": stop_kl}))]) == 0
+    first = next(row for row in lines(tmp_path / "run" / "metrics.jsonl") if "objective/scores" in row)
+    learnt = first["update/tokens_per_second"] * first["time/update"]
+    assert first["optimizer_steps"] == steps and learnt == pytest.approx(first["tokens_seen"] * steps / 2)
+
+
 # --- resume
 
 
@@ -195,6 +208,25 @@ def test_a_stop_during_the_rollout_gives_it_up(tiny: Tiny, tmp_path: Path, monke
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "straight")
 
 
+def test_a_full_disk_leaves_whole_checkpoints_alone(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, saved, own = ppo_recipe(tmp_path, tiny("gemma3_text")), [], torch.save
+
+    def full_at_the_second(*args: Any, **keywords: Any) -> None:
+        saved.append(args)
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        own(*args, **keywords)
+
+    monkeypatch.setattr(torch, "save", full_at_the_second)
+    assert main(["ppo", str(recipe)]) == 4
+    assert "the disk is full" in capsys.readouterr().err
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"checkpoint-1"}
+    assert main(["ppo", str(recipe), "--resume", "must"]) == 0
+
+
 def test_another_reward_is_another_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ppo_recipe(tmp_path, tiny("gemma3_text"), optim={"max_steps": 2})
     assert main(["ppo", str(recipe)]) == 0
@@ -237,6 +269,36 @@ def test_a_run_without_a_reward_head_is_refused(tiny: Tiny, tmp_path: Path, caps
     start = start_of(tiny, tmp_path / "sft")
     assert main(["ppo", str(ppo_recipe(tmp_path, tiny("gemma3_text"), str(start)))]) == 2
     assert "reward" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_start_that_is_on_the_lm_head_is_refused(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny("gemma3_text"))
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(str(tmp_path / "foreign"), save_embedding_layers=False)
+    recipe = ppo_recipe(tmp_path, tiny("gemma3_text"), model={"adapter": str(tmp_path / "foreign")})
+    assert main(["ppo", str(recipe)]) == 2
+    assert "lm_head" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_file_that_switches_gradients_off_stops_no_training(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "off.py").write_text("import torch\ntorch.set_grad_enabled(False)\n" + REWARD, encoding="utf-8")
+    recipe = ppo_recipe(tmp_path, tiny("gemma3_text"), f"{tmp_path / 'off.py'}:score", optim={"max_steps": 1})
+    try:
+        assert main(["ppo", str(recipe)]) == 0
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def test_a_warm_up_over_all_steps_is_refused(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four steps: 32 prompts once, 8 a step."""
+    recipe = ppo_recipe(tmp_path, tiny("gemma3_text"), ppo={"critic_warmup": 4}, optim={"max_steps": None})
+    assert main(["ppo", str(recipe)]) == 2
+    assert "leaves none of the run's 4 steps" in capsys.readouterr().err
 
 
 def test_a_policy_that_never_stops_is_counted_and_penalised(tiny: Tiny, tmp_path: Path) -> None:

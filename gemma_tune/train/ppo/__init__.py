@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.data.prompts import build_prompts
+from gemma_tune.errors import UserError
 from gemma_tune.gemma.conversation import as_messages
 from gemma_tune.gemma.families import Family
 from gemma_tune.models.actors import Actors, cast_roles
@@ -45,7 +46,11 @@ def cast(model: Any, plan: Plan, family: Family) -> Actors:
 
 
 def make_trainer(run: Run, around: Surroundings) -> PpoTrainer:
-    """Our own loop over prompts."""
+    """Our own loop over prompts.
+
+    Raises:
+        UserError: a source of rewards cannot be used, or the critic's warm-up never ends.
+    """
     config = trainer_config(run.plan)
     assert isinstance(config, PpoConfig)
     family, data = run.materials.family, run.materials.data
@@ -57,7 +62,7 @@ def make_trainer(run: Run, around: Surroundings) -> PpoTrainer:
         normalize=config.normalize,
         micro=config.per_device_train_batch_size,
     )
-    return PpoTrainer(
+    trainer = PpoTrainer(
         actors=run.model,
         scorer=scorer,
         family=family,
@@ -68,6 +73,15 @@ def make_trainer(run: Run, around: Surroundings) -> PpoTrainer:
         held_out_conversations=[as_messages(example) for example in data.held_out_examples],
         tokenizer=run.materials.tokenizer,
     )
+    # The recipe's own rule sees optim.max_steps alone: what optim.epochs comes to depends on the prompts.
+    if config.has_critic and config.critic_warmup >= trainer.total_steps():
+        raise UserError(
+            f"ppo.critic_warmup: {config.critic_warmup:,} leaves none of the run's {trainer.total_steps():,} steps to "
+            "the policy",
+            where="ppo.critic_warmup",
+            fix="lower it, or train for longer",
+        )
+    return trainer
 
 
 def write(run: Run, folder: Path, results: Mapping[str, Any]) -> None:

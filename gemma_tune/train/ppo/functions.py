@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
+
 from gemma_tune.data.cells import shown
 from gemma_tune.errors import GemmaTuneError, TrainingError, UserError
 from gemma_tune.recipe.functions import UserFunction, failure, load_user_function
@@ -52,10 +54,11 @@ class RewardFunction:
         # Copies: what the function does to its arguments must reach neither the training nor another function.
         copied = [[dict(message) for message in prompt] for prompt in prompts]
         try:
-            found = self._call(copied, list(responses))
+            with torch.no_grad():  # a model in there needs no graph
+                found = self._call(copied, list(responses))
         except GemmaTuneError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problem = failure(error, self.path)
             raise TrainingError(
                 f"the reward function {self.name!r} failed: {problem.what}", where=problem.where, fix=problem.fix

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ class PpoTrainer:
 
         self._tokens += torch.tensor([rollout.tokens, int(experience.mask.sum())], device=self._tokens.device)
         seconds = (rolled_out - started, scored - rolled_out, time.perf_counter() - scored)
-        return metrics | self._speed(rollout, *seconds)
+        return metrics | self._speed(rollout, learnt["optimizer_steps"], *seconds)
 
     def roll_out(self, prompts: Sequence[Sequence[int]], conversations: Sequence[Any]) -> Rollout | None:
         """Responses of the policy; None where a stop is asked for."""
@@ -253,13 +254,14 @@ class PpoTrainer:
             advantages = rewards_to_go(rewards, mask, gamma=config.gamma)
         return seen.to(rewards=rewards, advantages=whiten(advantages, mask, total=self.total), returns=returns)
 
+    @torch.enable_grad()  # whatever the file of a reward function has switched off for itself
     def learn(
         self, rollout: Rollout, experience: Experience, plan: Plan, *, train_policy: bool = True
     ) -> dict[str, float]:
         """The optimizer steps of one rollout. Sums over tokens are divided by the tokens of the minibatch, those of all
         its passes and processes: neither changes the result."""
         sums: dict[str, float] = {}
-        first_gap, ratio_max, steps = 0.0, 0.0, 0
+        first_gap, ratio_max, last_kl, steps = 0.0, 0.0, 0.0, 0
         for minibatch in (minibatch for epoch in plan for minibatch in epoch):
             tokens = float(self.total(experience.mask[[row for rows in minibatch for row in rows]].sum()))
             found: dict[str, torch.Tensor] = {}
@@ -272,6 +274,7 @@ class PpoTrainer:
                 for name, value in terms.items():
                     found[name] = found.get(name, torch.zeros((), device=value.device)) + value.detach()
             means = {name: float(value) / tokens for name, value in self._total_of(found).items()}
+            last_kl = means["policy/approxkl_avg"]
             if self.args.stop_kl is not None and means["policy/approxkl_avg"] > self.args.stop_kl:
                 self.optimizer.zero_grad()
                 sums["policy/stopped_by_kl"] = 1.0
@@ -285,6 +288,7 @@ class PpoTrainer:
         return averages | {
             "val/ratio_max": self._largest(ratio_max),
             "val/first_ratio_gap": self._largest(first_gap),
+            "policy/approxkl_last": last_kl,  # the minibatch that was refused, where one was
             "policy/stopped_by_kl": stopped_by_kl,
             "optimizer_steps": steps,
         }
@@ -423,14 +427,17 @@ class PpoTrainer:
             found["val/explained_variance"] = explained_variance(seen.values, seen.returns, mask, total=self.total)
         return found
 
-    def _speed(self, rollout: Rollout, drawing: float, scoring: float, learning: float) -> dict[str, float]:
+    def _speed(
+        self, rollout: Rollout, optimizer_steps: float, drawing: float, scoring: float, learning: float
+    ) -> dict[str, float]:
         made = sum(map(len, rollout.responses)) * self.world_size
+        learnt = optimizer_steps / self.args.minibatches * rollout.tokens * self.world_size
         return {
             "time/rollout": drawing,
             "time/score": scoring,
             "time/update": learning,
             "rollout/tokens_per_second": made / drawing,
-            "update/tokens_per_second": self.args.ppo_epochs * rollout.tokens * self.world_size / learning,
+            "update/tokens_per_second": learnt / learning,
         }
 
     def rate_answers(
@@ -539,13 +546,12 @@ class PpoTrainer:
     def _save_checkpoint(self) -> None:
         """All that a bit-equal continuation needs, in one atomic folder."""
         step, run = self.state.global_step, self._folder.path
-        with self.clock.paused(), checkpoint.disk_errors(run / f"checkpoint-{step}"):
+        with self.clock.paused():
             progress = self.count()
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                staging = checkpoint.open_staging(run, step)
-                saved_state.write(self, staging)
-                checkpoint.commit(staging, run, step, identity=self._identity, progress=progress)
+                fill = partial(saved_state.write, self)
+                checkpoint.save(run, step, fill, identity=self._identity, progress=progress)
                 checkpoint.rotate(run, self._keep)
             self.accelerator.wait_for_everyone()
 

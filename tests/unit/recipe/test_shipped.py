@@ -14,6 +14,7 @@ from gemma_tune.commands import recipes as command
 from gemma_tune.errors import AccessError, UserError
 from gemma_tune.recipe import shipped, yaml
 from gemma_tune.recipe.reader import read_recipe, read_recipe_text, recipe_schema
+from gemma_tune.recipe.schema import Ppo
 from gemma_tune.recipe.shipped import (
     copy_shipped,
     find_shipped,
@@ -24,6 +25,7 @@ from gemma_tune.recipe.shipped import (
 )
 
 ROOT = Path(gemma_tune.__file__).parents[1]
+GUIDE = ROOT / "docs" / "rlhf.md"
 
 HEADER = """\
 # yaml-language-server: $schema=recipe.schema.json
@@ -194,13 +196,33 @@ def test_the_wheel_carries_the_recipes_and_the_samples() -> None:
 
 
 def test_the_recipes_of_the_readme_are_read() -> None:
-    whole, data, dpo = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    whole, data, dpo, ppo = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     recipe = read_recipe_text(whole)
     assert recipe.model == read_recipe(shipped_folder("recipes") / "ultrachat_qlora.yaml").model
     mixed = read_recipe_text(re.sub(r"(?m)^data:.*\n", data, whole))
     assert [source.name for source in mixed.data.sources] == ["ultrachat", "my_rows.jsonl", "mine.py:rows"]
     preferences = read_recipe_text(dpo)
     assert (preferences.stage, preferences.model.adapter) == ("dpo", "runs/my-sft")
+    rewarded = read_recipe_text(ppo)
+    assert (rewarded.stage, rewarded.ppo.models) == ("ppo", ("runs/my-reward",))
+
+
+def test_the_recipes_of_the_guide_are_read() -> None:
+    whole, watched, without_critic = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
+    assert read_recipe_text(whole).ppo.models == ("runs/my-reward",)
+    section = r"(?m)^ppo:\n(?:  .*\n)+"
+    assert [one.weight for one in read_recipe_text(re.sub(section, watched, whole)).ppo.reward] == [1, 0]
+    in_groups = re.sub(r"(?m)^batch:.*\n", "", re.sub(section, without_critic, whole))
+    assert read_recipe_text(in_groups).ppo.estimator == "rloo"
+
+
+def test_the_guide_has_every_key_of_ppo_with_its_default() -> None:
+    settings = GUIDE.read_text("utf-8").partition("\n## Settings\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"(?m)^\| `(\w+)` \| ([^|]+?) \|", settings))
+    for key, field in Ppo.model_fields.items():
+        default = field.get_default()
+        number = f"{default:,}" if type(default) in (int, float) else str(default).lower()
+        assert rows[key] == ("-" if default == () else number), key
 
 
 def test_the_commands(

@@ -140,6 +140,18 @@ def test_a_resumed_run_keeps_its_past_and_drops_what_it_will_write_again(tmp_pat
     resumed.close("finished", step=8)
 
 
+def test_a_checkpoint_before_the_first_step_keeps_the_figures_of_the_base(tmp_path: Path) -> None:
+    folder = opened(tmp_path / "run")
+    folder.append("metrics.jsonl", [{"step": 0}, {"step": 1}])
+    folder.close("stopped", step=0)
+    put_checkpoint(tmp_path / "run", 0)
+    resumed = RunFolder(tmp_path / "run", resume="auto")
+    resumed.open(recipe_text="", plan=PLAN, record={"identity": IDENTITY}, resumed=resumed.find_checkpoint(IDENTITY))
+    assert [json.loads(line)["step"] for line in (resumed.path / "metrics.jsonl").open()] == [0]
+    assert [part["from_step"] for part in resumed.record["segments"]] == [0, 0]
+    resumed.close("finished", step=8)
+
+
 def test_a_run_that_starts_over_starts_with_empty_files(tmp_path: Path) -> None:
     folder = opened(tmp_path / "run")
     folder.append("metrics.jsonl", [{"step": 0}, {"step": 1}])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gemma_tune.errors import TrainingError, UserError
 from gemma_tune.train.ppo.functions import RewardFunction, load_function
@@ -174,6 +175,9 @@ def needs(responses):
 
 def interrupted(responses):
     raise KeyboardInterrupt
+
+def leaves(responses):
+    raise SystemExit(3)
 """
 
 
@@ -183,6 +187,7 @@ def interrupted(responses):
         ("score", "KeyError: 'a'", 4, "correct the function"),
         ("library", "JSONDecodeError: Expecting value", 10, "correct the function"),
         ("needs", "it imports no_such_module, which is not installed", 13, "pip install no-such-module"),
+        ("leaves", "SystemExit: 3", 19, "correct the function"),
     ],
 )
 def test_what_it_raises_is_told_with_its_line(tmp_path: Path, name: str, what: str, line: int, fix: str) -> None:
@@ -241,6 +246,7 @@ def test_a_function_that_is_not_there(tmp_path: Path, name: str, what: str) -> N
         ("def score(:\n", "mine.py:1: SyntaxError"),
         ("\nimport no_such_module\n", "mine.py:2: it imports no_such_module, which is not installed"),
         ("raise KeyError('gone')\n", "mine.py:1: KeyError: 'gone'"),
+        ("raise SystemExit('bye')\n", "mine.py:1: SystemExit: bye"),
     ],
 )
 def test_a_file_that_fails(tmp_path: Path, source: str, what: str) -> None:
@@ -252,6 +258,20 @@ def test_a_file_that_fails(tmp_path: Path, source: str, what: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_function(f"{tmp_path}/none.py:score")
+
+
+def test_it_keeps_no_graph_and_switches_no_gradient_off_for_the_training(tmp_path: Path) -> None:
+    source = """\
+import torch
+weight = torch.ones(1, requires_grad=True)
+def score(responses):
+    found = weight * len(responses[0])
+    assert not found.requires_grad
+    torch.set_grad_enabled(False)
+    return found.expand(len(responses))
+"""
+    assert load(tmp_path, source)(PROMPTS, RESPONSES) == [float(len(RESPONSES[0]))] * len(RESPONSES)
+    assert torch.is_grad_enabled()
 
 
 def test_errors_of_ours_pass(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def test_a_step_that_went_too_far_ends_before_its_next_minibatch(tmp_path: Path)
     assert all(parameter.grad is None for parameter in trained(stopped.actors).values())
     assert {int(slot["step"]) for slot in stopped.optimizer.state.values()} == {1}
     assert found["policy/stopped_by_kl"] == 1.0 and found["optimizer_steps"] == 1
-    told = {"policy/stopped_by_kl", "val/ratio_max"}  # the refused minibatch is why
+    assert found["policy/approxkl_last"] > 1e-6
+    told = {"policy/stopped_by_kl", "policy/approxkl_last", "val/ratio_max"}  # the refused minibatch is why
     assert {name: found[name] for name in found if name not in told} == {
         name: expected[name] for name in expected if name not in told
     }
