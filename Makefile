@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # The same number of threads everywhere: the tests compare floating-point results.
 TESTENV := OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-fast test-exhaustive test-gpu lint format setup clean help
+.PHONY: quickstart rlhf-demo test test-fast test-exhaustive test-gpu lint format setup clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,6 +16,12 @@ setup: $(VENV)/.ready  ## build .venv
 
 quickstart: $(VENV)/.ready  ## QLoRA of the real Gemma 3 270M on this machine's CPU
 	$(BIN)/gemma-tune sft recipes/quickstart.yaml --resume auto
+
+rlhf-demo: $(VENV)/.ready  ## SFT, two reward models and PPO, on the same Gemma and CPU (docs/rlhf.md)
+	$(BIN)/gemma-tune sft recipes/quickstart.yaml --resume auto
+	$(BIN)/gemma-tune reward recipes/demo_reward_first.yaml --resume auto
+	$(BIN)/gemma-tune reward recipes/demo_reward_second.yaml --resume auto
+	$(BIN)/gemma-tune ppo recipes/demo_ppo.yaml --resume auto
 
 test: lint  ## everything that CI runs
 	$(TESTENV) $(BIN)/python -m pytest -q --durations=15
