@@ -19,7 +19,7 @@ from gemma_tune.models.reference import ModelSource, resolve
 from gemma_tune.models.roles import REFERENCE, TRAINED, speak_as, speaking
 from gemma_tune.models.tokenizer import load_tokenizer, open_tokenizer
 from gemma_tune.plan.facts import read_json
-from gemma_tune.plan.starts import REWARD_HEAD, adapter_folder
+from gemma_tune.plan.starts import adapter_folder, is_reward_model
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ def begin_with(
     from peft import LoraConfig
 
     folder = adapter_folder(start)
-    if (folder / REWARD_HEAD).is_file():
+    if is_reward_model(folder):
         raise UserError("it is a reward model", where=str(folder), fix="begin with the adapter of an SFT or DPO run")
     source = source_of(model)
     if mode == "continue":
@@ -328,7 +328,7 @@ def load_run(target: str | Path, **changes: Any) -> tuple[Any, PreTrainedTokeniz
         UserError: nothing there that could be opened, or an adapter that does not fit its base.
     """
     saved = _find(target)
-    if saved.adapter is not None and (saved.adapter / REWARD_HEAD).is_file():
+    if saved.adapter is not None and is_reward_model(saved.adapter):
         raise UserError(
             "this is a reward model: it rates answers and gives none",
             where=str(saved.adapter),

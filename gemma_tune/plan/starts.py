@@ -86,7 +86,7 @@ def read_start(target: str, base: str, family: Family, *, stack: bool = False) -
     """
     folder = adapter_folder(target)
     where = str(folder)
-    if (folder / REWARD_HEAD).is_file():
+    if is_reward_model(folder):
         raise UserError(
             "this is a reward model: its adapter rates answers and gives none",
             where=where,
@@ -150,10 +150,11 @@ def read_stats(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it holds no reward model, or the file is missing or damaged.
     """
-    if not (folder / REWARD_HEAD).is_file():
+    if not is_reward_model(folder):
         raise UserError("this is no reward model", where=str(folder), fix="give a run of `gemma-tune reward`")
-    if not (folder / STATS_FILE).is_file():
-        raise UserError(f"{STATS_FILE} is missing", where=str(folder), fix="copy the adapter again, all of its files")
+    for name in (REWARD_HEAD, STATS_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{name} is missing", where=str(folder), fix="copy the adapter again, all of its files")
     return dict(read_json(folder / STATS_FILE))
 
 
@@ -211,6 +212,11 @@ def _checked_config(folder: Path, base: str) -> Mapping[str, Any]:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{WEIGHTS} is missing", where=where, fix="copy the adapter again, all of its files")
     return config
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether an adapter folder is that of a reward model, also where its head was left behind in a copy."""
+    return (folder / REWARD_HEAD).is_file() or (folder / STATS_FILE).is_file()
 
 
 def adapter_folder(target: str | Path, where: str = "model.adapter") -> Path:

@@ -12,6 +12,7 @@ import pytest
 from gemma_tune.cli import main
 from gemma_tune.train import tracking
 from tests.integration.test_kto_tiny import kto_recipe
+from tests.integration.test_ppo_tiny import ppo_recipe
 from tests.integration.test_preferences_tiny import pair_recipe
 from tests.integration.tiny_runs import document, write_recipe
 
@@ -54,10 +55,12 @@ def recipe_of(stage: str, folder: Path, base: Path) -> Path:
         return write_recipe(folder, base, **QUICK)
     if stage == "kto":
         return kto_recipe(folder, base, optim={"max_steps": 2})
+    if stage == "ppo":
+        return ppo_recipe(folder, base, optim={"max_steps": 2})
     return pair_recipe(folder, base, stage, optim={"max_steps": 2})
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "ppo"])
 def test_without_it_in_the_recipe_wandb_is_not_even_imported(
     tiny: Callable[..., Path], tmp_path: Path, stage: str
 ) -> None:

@@ -126,8 +126,9 @@ def test_a_damaged_configuration(tmp_path: Path, text: str) -> None:
     assert "adapter_config.json" in caught.value.problems[0].where
 
 
-def test_a_reward_model_is_no_start(tmp_path: Path) -> None:
-    (adapter(tmp_path) / REWARD_HEAD).write_bytes(b"")
+@pytest.mark.parametrize("left", [REWARD_HEAD, STATS_FILE])
+def test_a_reward_model_is_no_start_not_even_half_a_copy_of_one(tmp_path: Path, left: str) -> None:
+    (adapter(tmp_path) / left).write_bytes(b"")
     with pytest.raises(UserError, match="this is a reward model"):
         read_start(str(tmp_path), BASE, FAMILY)
 
@@ -240,7 +241,7 @@ def test_a_scale_is_asked_for_only_where_rewards_are_scaled(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("remove", "said"),
     [
-        (REWARD_HEAD, "this is no reward model"),
+        (REWARD_HEAD, f"{REWARD_HEAD} is missing"),
         (STATS_FILE, f"{STATS_FILE} is missing"),
         (WEIGHTS, f"{WEIGHTS} is missing"),
         ("adapter_config.json", "there is no adapter in"),
