@@ -135,7 +135,7 @@ FLIPS: dict[str, Any] = {
     "tracking.log_every": 5,
     "seed": 1,
     "output": "runs/other",
-    "advanced.trainer": {"dataloader_drop_last": True},
+    "advanced.trainer": {"ddp_timeout": 900},
 }
 
 # What must be set on both sides of the comparison for a flip to be valid.
