@@ -192,5 +192,5 @@ def test_a_damaged_or_foreign_reward_model_is_refused(tiny: Tiny, tmp_path: Path
     moved = adapter.rename(tmp_path / "elsewhere")
     assert load_reward(moved)[3] == known
     (moved / "reward_head.safetensors").unlink()
-    with pytest.raises(UserError, match="reward_head.safetensors is missing"):
+    with pytest.raises(UserError, match=r"reward_head\.safetensors is missing"):
         load_reward(moved)
