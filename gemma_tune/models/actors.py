@@ -23,7 +23,7 @@ from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import Family
 from gemma_tune.models.lora import add_saved, keep_fp32
 from gemma_tune.models.reward import RewardHead, base_of, check_stats, last_hidden, open_head, read_stats
-from gemma_tune.models.roles import TRAINED, policy_adapters, reference_adapters, speak_as, speaking
+from gemma_tune.models.roles import TRAINED, belongs, policy_adapters, reference_adapters, speak_as, speaking
 from gemma_tune.plan.starts import adapter_folder, scale_of
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Actors:
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What the policy's loss trains."""
-        return [parameter for name, parameter in self.model.named_parameters() if _belongs(name, TRAINED)]
+        return [parameter for name, parameter in self.model.named_parameters() if belongs(name, TRAINED)]
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """What the critic's loss trains; empty without a critic."""
@@ -86,7 +86,7 @@ class Actors:
         """The critic's parameters by name."""
         if self.value_head is None:
             return {}
-        own = {name: parameter for name, parameter in self.model.named_parameters() if _belongs(name, CRITIC)}
+        own = {name: parameter for name, parameter in self.model.named_parameters() if belongs(name, CRITIC)}
         return own | {f"value_head.{name}": parameter for name, parameter in self.value_head.named_parameters()}
 
     # --- forward passes -----------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def cast_roles(
         role.head.to(next(model.parameters()).device).requires_grad_(False)
     # PEFT makes the newest adapter the trained one; here it is fixed, once and for all.
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = _belongs(name, TRAINED) or (critic == "adapter" and _belongs(name, CRITIC))
+        parameter.requires_grad = belongs(name, TRAINED) or (critic == "adapter" and belongs(name, CRITIC))
     keep_fp32(model)
     return Actors(model, mode=mode, rewards=cast, critic=critic, value_head=head)
 
@@ -226,11 +226,6 @@ def _value_head(width: int, reward: RewardRole | None, normalize: bool) -> Rewar
         head.score.weight.copy_(reward.head.score.weight / std)
         head.score.bias.copy_((reward.head.score.bias - mean) / std)
     return head
-
-
-def _belongs(name: str, adapter: str) -> bool:
-    """Whether the parameter `name` is of `adapter`."""
-    return f".{adapter}." in name or name.endswith(f".{adapter}")
 
 
 def _refuse_other_role(model: PeftModel, adapters: list[str]) -> Any:

@@ -16,7 +16,7 @@ from gemma_tune.gemma.families import Family, family_of, text_only
 from gemma_tune.models import remedies
 from gemma_tune.models.load import load_base, set_stop_ids, source_of
 from gemma_tune.models.reference import ModelSource, resolve
-from gemma_tune.models.roles import REFERENCE, TRAINED, speak_as, speaking
+from gemma_tune.models.roles import REFERENCE, TRAINED, belongs, speak_as, speaking
 from gemma_tune.models.tokenizer import load_tokenizer, open_tokenizer
 from gemma_tune.plan.facts import read_json
 from gemma_tune.plan.starts import adapter_folder, is_reward_model
@@ -123,7 +123,7 @@ def begin_with(
         adapted.add_adapter(TRAINED, LoraConfig(**lora))
         speak_as(adapted, [REFERENCE, TRAINED])
     for name, parameter in adapted.named_parameters():
-        parameter.requires_grad = f".{TRAINED}." in name or name.endswith(f".{TRAINED}")
+        parameter.requires_grad = belongs(name, TRAINED)
     active = adapted.peft_config[TRAINED]
     active.inference_mode = False
     active.base_model_name_or_path = source.name

@@ -65,3 +65,8 @@ def policy_adapters(model: PeftModel, mode: str = "continue") -> list[str]:
 def reference_adapters(model: PeftModel) -> list[str]:
     """The adapters of the reference: the frozen one where there is one, otherwise none (the plain base)."""
     return [REFERENCE] if REFERENCE in model.peft_config else []
+
+
+def belongs(name: str, adapter: str) -> bool:
+    """Whether the parameter `name` is of `adapter`."""
+    return f".{adapter}." in name or name.endswith(f".{adapter}")

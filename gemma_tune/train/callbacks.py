@@ -46,6 +46,23 @@ class Clock:
                 self.start()
 
 
+def counters_of(tokens: Sequence[int], before: Sequence[int], seconds: float) -> dict[str, Any]:
+    """The counters of a run, a resumed one included.
+
+    Args:
+        tokens: (seen, trained) since it was last begun, of all processes.
+        before: the same up to there.
+        seconds: of training proper.
+    """
+    seen, trained = (now + earlier for now, earlier in zip(tokens, before, strict=True))
+    return {
+        "tokens_seen": seen,
+        "tokens_trained": trained,
+        "train_seconds": round(seconds, 3),
+        "tokens_per_second": round(seen / seconds, 1) if seconds > 0 else None,
+    }
+
+
 def is_due(step: int, every: int | None, last: int) -> bool:
     """Whether something that happens every `every` steps happens after `step`; the last step always counts."""
     return step == last or (every is not None and step % every == 0)

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer
 
 from gemma_tune.errors import TrainingError, UserError
 from gemma_tune.train import checkpoint
-from gemma_tune.train.callbacks import Clock
+from gemma_tune.train.callbacks import Clock, counters_of
 from gemma_tune.train.evaluate import Answer, Prompt
 from gemma_tune.train.session import RunFolder
 from gemma_tune.train.signals import Signals
@@ -190,14 +190,7 @@ class RunTrainer(Trainer):
         run, a resumed one included.
         """
         here = self.accelerator.reduce(self._tokens, "sum") if self.args.world_size > 1 else self._tokens
-        seen, trained = (before + int(now) for before, now in zip(self._tokens_before, here.tolist(), strict=True))
-        seconds = self.clock.seconds
-        self.counters = {
-            "tokens_seen": seen,
-            "tokens_trained": trained,
-            "train_seconds": round(seconds, 3),
-            "tokens_per_second": round(seen / seconds, 1) if seconds > 0 else None,
-        }
+        self.counters = counters_of(here.tolist(), self._tokens_before, self.clock.seconds)
         return self.counters
 
     # --- the loss of a step -------------------------------------------------------------------------------------------

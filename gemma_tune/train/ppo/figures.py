@@ -61,9 +61,9 @@ class PpoFigures:
     def of(cls, sums: torch.Tensor, names: Sequence[str]) -> PpoFigures:
         """From `sums`, of one response at least. `names`: the sources."""
         count, score, squares, kl, kl_k3, entropy, tokens, stopped, *parts = sums.tolist()
-        mean, deviation = _spread(score, squares, count)
+        mean, deviation = mean_and_std(score, squares, count)
         each = {
-            name: dict(zip(("mean", "std"), _spread(total, square, count), strict=True))
+            name: dict(zip(("mean", "std"), mean_and_std(total, square, count), strict=True))
             for name, total, square in zip(names, parts[::2], parts[1::2], strict=True)
         }
         return cls(
@@ -88,7 +88,7 @@ class PpoFigures:
         return {key: value for key, value in asdict(self).items() if key != "sources" or value}
 
 
-def _spread(total: float, squares: float, count: float) -> tuple[float, float]:
+def mean_and_std(total: float, squares: float, count: float) -> tuple[float, float]:
     """(mean, standard deviation) from sums."""
     mean = total / count
     return mean, math.sqrt(max(squares / count - mean**2, 0.0))

@@ -35,12 +35,12 @@ from gemma_tune.models.actors import Actors
 from gemma_tune.models.reward import base_of
 from gemma_tune.models.roles import speak_as
 from gemma_tune.train import checkpoint
-from gemma_tune.train.callbacks import Clock
+from gemma_tune.train.callbacks import Clock, counters_of
 from gemma_tune.train.evaluate import Answer, Prompt, eval_mode
 from gemma_tune.train.ppo import state as saved_state
 from gemma_tune.train.ppo.advantages import gae, masked_mean, rewards_to_go, rloo, whiten
 from gemma_tune.train.ppo.config import PpoConfig
-from gemma_tune.train.ppo.figures import PpoFigures
+from gemma_tune.train.ppo.figures import PpoFigures, mean_and_std
 from gemma_tune.train.ppo.losses import explained_variance, policy_terms, value_terms
 from gemma_tune.train.ppo.passes import Plan, arrange, collate, log_probs_of, spread
 from gemma_tune.train.ppo.prompts import Chat, PromptOrder, seed_of
@@ -175,7 +175,7 @@ class PpoTrainer:
         # 4. Log-probabilities of policy and reference, and values: by the forward pass, the passes and the padding of
         #    the first epoch, so that the first ratio is exactly 1.
         plan = arrange(
-            [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)],
+            rollout.lengths,
             epochs=self.args.ppo_epochs,
             minibatches=self.args.minibatches,
             micro=self.args.per_device_train_batch_size,
@@ -420,8 +420,7 @@ class PpoTrainer:
             name: float(value) / count
             for name, value in self._total_of({name: value.double().sum() for name, value in each.items()}).items()
         }
-        variance = found.pop("squares") - found["objective/scores"] ** 2
-        found["objective/scores_std"] = math.sqrt(max(variance, 0.0))
+        _, found["objective/scores_std"] = mean_and_std(found["objective/scores"], found.pop("squares"), 1)
         found["objective/entropy"] = float(masked_mean(seen.entropy, mask, total=self.total))
         if config.has_critic:
             found["val/explained_variance"] = explained_variance(seen.values, seen.returns, mask, total=self.total)
@@ -480,8 +479,7 @@ class PpoTrainer:
             if rollout is None:
                 return None
             micro = self.args.per_device_train_batch_size
-            lengths = [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
-            plan = arrange(lengths, epochs=1, minibatches=1, micro=micro, seed=0)
+            plan = arrange(rollout.lengths, epochs=1, minibatches=1, micro=micro, seed=0)
             with eval_mode(self.model):
                 scores, seen = self.scorer(rollout), self.observe(rollout, plan)
             sums = PpoFigures.sums(scores, seen, rollout.stopped)
@@ -527,14 +525,7 @@ class PpoTrainer:
         however many epochs they are learnt from.
         """
         here = self.total(self._tokens).tolist()
-        seen, trained = (before + int(now) for before, now in zip(self._tokens_before, here, strict=True))
-        seconds = self.clock.seconds
-        self.counters = {
-            "tokens_seen": seen,
-            "tokens_trained": trained,
-            "train_seconds": round(seconds, 3),
-            "tokens_per_second": round(seen / seconds, 1) if seconds > 0 else None,
-        }
+        self.counters = counters_of(here, self._tokens_before, self.clock.seconds)
         return self.counters
 
     def _stop_alone(self) -> bool:

@@ -38,9 +38,14 @@ class Rollout:
         return torch.arange(int(lengths.max())) < lengths[:, None]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt with its response."""
+        return [len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True)]
+
+    @property
     def tokens(self) -> int:
         """Tokens of all prompts and responses."""
-        return sum(map(len, self.prompts)) + sum(map(len, self.responses))
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
