@@ -26,7 +26,7 @@ def run(target: str, prompts: Sequence[str], max_new_tokens: int, system: str | 
         system: system turn; folded into the first user turn where the generation has none.
     """
     from gemma_tune.commands.train import quieten
-    from gemma_tune.models.lora import load_run
+    from gemma_tune.models.saved import load_run
     from gemma_tune.models.tokenizer import GemmaEncoder
 
     quieten()

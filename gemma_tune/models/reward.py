@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from gemma_tune.errors import TrainingError, UserError
 from gemma_tune.gemma.families import Family
-from gemma_tune.models.lora import load_adapted
+from gemma_tune.models.saved import load_adapted
 from gemma_tune.plan.starts import REWARD_HEAD, STATS_FILE, adapter_folder, check_stats, read_stats
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def load_reward(target: str | Path, **changes: Any) -> tuple[RewardModel, Any, F
 
     Args:
         target: run folder or adapter folder.
-        changes: as in `lora.load_run`.
+        changes: as in `saved.load_run`.
 
     Returns:
         The model in evaluation mode, its tokenizer, the family, and the contents of reward_stats.json.

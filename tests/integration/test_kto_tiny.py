@@ -61,7 +61,7 @@ def test_kto_of_every_generation(tiny: Tiny, tmp_path: Path, name: str) -> None:
     assert tuned["good_reward"] > tuned["bad_reward"]
     assert results["answers"] and all(row["tuned"] for row in results["answers"])
 
-    from gemma_tune.models.lora import load_run
+    from gemma_tune.models.saved import load_run
 
     model, _, _ = load_run(run)
     assert list(model.peft_config) == ["default"]

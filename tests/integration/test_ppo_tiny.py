@@ -95,7 +95,7 @@ def test_ppo_of_every_generation(tiny: Tiny, tmp_path: Path, name: str) -> None:
     steps = [row for row in lines(run / "metrics.jsonl") if "objective/scores" in row]
     assert len(steps) == 4 and all(row["val/first_ratio_gap"] == 0 for row in steps)
 
-    from gemma_tune.models.lora import load_run
+    from gemma_tune.models.saved import load_run
 
     model, _, _ = load_run(run)
     assert list(model.peft_config) == ["default"], "the policy is one plain adapter"
@@ -144,7 +144,7 @@ def test_stacked_on_a_frozen_adapter_it_is_saved_as_one(tiny: Tiny, tmp_path: Pa
     start = start_of(tiny, tmp_path / "sft")
     model = {"adapter": str(start), "adapter_mode": "stack"}
     assert main(["ppo", str(ppo_recipe(tmp_path, tiny("gemma3_text"), model=model))]) == 0
-    from gemma_tune.models.lora import load_run
+    from gemma_tune.models.saved import load_run
 
     opened, _, _ = load_run(tmp_path / "run")
     assert list(opened.peft_config) == ["default"] and opened.peft_config["default"].r == 8

@@ -117,7 +117,7 @@ def test_dpo_of_every_generation(tiny: Tiny, tmp_path: Path, name: str) -> None:
     assert {"kl", "kl_per_token", "kl_answers"} <= tuned.keys()
     assert results["answers"] and all(row["tuned"] for row in results["answers"])
 
-    from gemma_tune.models.lora import load_run
+    from gemma_tune.models.saved import load_run
 
     model, _, _ = load_run(run)
     assert list(model.peft_config) == ["default"]
@@ -163,7 +163,7 @@ def test_dpo_from_an_sft_run(tiny: Tiny, tmp_path: Path, mode: str) -> None:
     prompt = "What is the capital of France?"
     [row] = [row for row in results["answers"] if row["prompt"] == prompt]
     assert row["base"]["text"] == tuned[prompt]
-    from gemma_tune.models.lora import load_run
+    from gemma_tune.models.saved import load_run
 
     model, tokenizer, family = load_run(run)
     from gemma_tune.gemma.chat import render_prompt

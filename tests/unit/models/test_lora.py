@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from gemma_tune.errors import TrainingError, UserError
 from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.models.load import load_base
-from gemma_tune.models.lora import attach, inspect_adapter, keep_fp32, load_run, save_adapter
+from gemma_tune.models.lora import attach, inspect_adapter, keep_fp32, save_adapter
+from gemma_tune.models.saved import load_run
 from gemma_tune.models.tokenizer import load_tokenizer
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
