@@ -11,6 +11,7 @@ signal and resumable; 130 interrupted; 141 the reader of our output went away.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 import traceback
@@ -169,7 +170,9 @@ def doctor(as_json: AsJson = False) -> Job:
 
 @app.command()
 def chat(
-    target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A hub id, a model folder or a run folder.")],
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RUN", help="A hub id, a model or run folder, or a GGUF file.")
+    ],
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", help="Answer this and leave; may be given several times.")
     ] = None,
@@ -178,6 +181,120 @@ def chat(
 ) -> Job:
     """Talk to a model or to the result of a run."""
     return lambda: _command("chat").run(target, list(prompts or ()), max_new_tokens, system)
+
+
+class BaseKind(Enum):
+    """What an adapter is merged into."""
+
+    original = "original"
+    dequantized = "dequantized"
+
+
+class FileType(Enum):
+    """Types of safetensors files."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Format(Enum):
+    """What export writes."""
+
+    safetensors = "safetensors"
+    gguf = "gguf"
+    lora_gguf = "lora-gguf"
+    ollama = "ollama"
+    adapter = "adapter"
+
+
+Runs = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN...", help="A run or adapter folder; several of one base are combined."),
+]
+Out = Annotated[str | None, typer.Option(help="Folder to make. Default: in the run.", show_default=False)]
+Into = Annotated[
+    BaseKind, typer.Option("--base", help="Into the 16-bit base, or the dequantised 4-bit base of the training.")
+]
+AsType = Annotated[
+    FileType | None, typer.Option(help="Type of the safetensors. Default: the base's.", show_default=False)
+]
+AdapterName = Annotated[
+    str | None, typer.Option("--adapter", help="Which one of the run's, e.g. checkpoint-40.", show_default=False)
+]
+Shares = Annotated[
+    str | None, typer.Option("--weights", help="Weights of several adapters, e.g. 0.7,0.3.", show_default=False)
+]
+BasePath = Annotated[str | None, typer.Option(help="Where the base is, if no longer where it was.", show_default=False)]
+
+
+@app.command()
+def merge(
+    runs: Runs,
+    out: Out = None,
+    base: Into = BaseKind.original,
+    dtype: AsType = None,
+    adapter: AdapterName = None,
+    weights: Shares = None,
+    base_path: BasePath = None,
+) -> Job:
+    """Merge an adapter into its base, and prove it.
+
+    The result is compared with base + adapter in fp32 and refused if it differs.
+    """
+    shares = _numbers(weights)
+    kind = dtype.value if dtype else None
+    return lambda: _command("merge").run(runs, out, base.value, kind, adapter, shares, base_path)
+
+
+@app.command()
+def export(
+    runs: Runs,
+    format: Annotated[Format, typer.Option(help="What to write.")] = Format.safetensors,
+    out: Out = None,
+    quantize: Annotated[str, typer.Option(help="Type of a GGUF: f32, bf16, f16, q8_0, q6_k, q4_k_m, ...")] = "q8_0",
+    verify: Annotated[bool, typer.Option("--verify", help="Open it and compare its texts with the adapter's.")] = False,
+    base: Into = BaseKind.original,
+    dtype: AsType = None,
+    adapter: AdapterName = None,
+    weights: Shares = None,
+    base_path: BasePath = None,
+) -> Job:
+    """Write a run or a model as servers load it."""
+    shares = _numbers(weights)
+    kind = dtype.value if dtype else None
+    return lambda: _command("export").run(
+        runs, format.value, out, base.value, kind, quantize, verify, adapter, shares, base_path
+    )
+
+
+@app.command()
+def push(
+    target: Annotated[str, typer.Argument(metavar="RUN|DIR", help="A run, or what merge or export wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="A repository of the hub: account/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch. Default: main.", show_default=False)] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
+) -> Job:
+    """Upload a result to the hub, with its licence papers."""
+    return lambda: _command("push").run(target, repo, private, revision, message)
+
+
+def _numbers(text: str | None) -> list[float]:
+    """`0.7,0.3` -> numbers.
+
+    Raises:
+        UserError: they are none.
+    """
+    if text is None:
+        return []
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"'{text}' is no list of numbers", where="--weights", fix="write e.g. --weights 0.7,0.3")
+    return numbers
 
 
 @recipes_app.command("list")

@@ -1,4 +1,4 @@
-"""`gemma-tune chat`: talk to a run, an adapter, a model folder or a hub model."""
+"""`gemma-tune chat`: talk to a run, an adapter, a model folder, a GGUF file or a hub model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(target: str, prompts: Sequence[str], max_new_tokens: int, system: str | 
     """Answer `prompts`, each by itself, or talk until the user leaves.
 
     Args:
-        target: run folder, adapter folder, model folder, hub id or packaged weights.
+        target: run folder, adapter folder, model folder, GGUF file, hub id or packaged weights.
         prompts: user turns; empty for a conversation on the terminal.
         max_new_tokens: tokens in an answer at most.
         system: system turn; folded into the first user turn where the generation has none.

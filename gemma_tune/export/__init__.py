@@ -10,6 +10,7 @@ ollama.py    a Modelfile whose TEMPLATE renders what the model was trained on
 adapter.py   an adapter with the names of the class that a server loads
 proof.py     what was written against base + adapter
 papers.py    licence, notice, model card
+card.py      the model card, section by section
 staging.py   nothing stands under its final name before it is whole
 serve.py     the commands that serve the result
 push.py      to the hub

@@ -7,6 +7,7 @@ Sources, by their short names in the comments below:
   template    trl 1.16, trl/chat_templates/*.jinja (copies of the templates that Google ships) and its README.md
   modeling    transformers 5.23, models/<generation>/modeling_*.py
   config      transformers 5.23, models/<generation>/configuration_*.py
+  llama.cpp   b11434, src/models/<generation>.cpp and conversion/gemma.py
 """
 
 from __future__ import annotations
@@ -18,6 +19,25 @@ from typing import Any, Literal
 from gemma_tune.errors import UserError
 
 Targets = Literal["all-linear", "attention", "mlp"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gguf:
+    """What llama.cpp assumes of a generation that its GGUF file does not say. Only generations that were proved here.
+
+    Attributes:
+        arch: `general.architecture`.
+        norm_offset: what its converter adds to the weight of every RMS norm.
+        period: every `period`-th layer is global and the others see a window, unless the file says otherwise; None where
+            all layers are global.
+        narrow_scale_layers: the one number of layers at which queries are scaled by hidden size / heads in place of the
+            size of a head (how it tells the 27B model); None where there is none.
+    """
+
+    arch: str
+    norm_offset: float
+    period: int | None
+    narrow_scale_layers: int | None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,6 +74,11 @@ class Family:
         skip_quantization: patterns of modules that must keep 16 bits (`llm_int8_skip_modules`).
         attention_softcap, final_softcap: tanh soft-capping of attention scores and of logits; None where there is none.
         licence: `gemma` (Gemma Terms of Use) or `apache-2.0`.
+        sampling: how its makers sample from it: temperature, top_k, top_p. Empty where they published nothing.
+        ollama_code: names of what Ollama renders and reads this generation with instead of a TEMPLATE: `renderer`,
+            `parser` without thinking, `thinking_parser`. Empty where it takes the TEMPLATE.
+        gguf_tokenizer: whether `models.reference.repair_gguf_tokenizer` can rebuild the tokenizer from a GGUF file.
+        gguf: how llama.cpp reads it; None where no export of it was proved.
     """
 
     name: str
@@ -92,6 +117,10 @@ class Family:
     attention_softcap: float | None
     final_softcap: float | None
     licence: Literal["gemma", "apache-2.0"]
+    sampling: Mapping[str, float]
+    ollama_code: Mapping[str, str]
+    gguf_tokenizer: bool
+    gguf: Gguf | None
 
 
 def _lora_targets() -> dict[str, str]:
@@ -230,6 +259,11 @@ _GEMMA1: dict[str, Any] = {
     "attention_softcap": None,
     "final_softcap": None,
     "licence": "gemma",
+    "sampling": {},  # generation_config.json of google/gemma-*b-it and gemma-2-*-it: ids alone
+    "ollama_code": {},
+    "gguf_tokenizer": False,
+    # llama.cpp: weights of norms are stored as 1 + weight, as GemmaRMSNorm uses them.
+    "gguf": Gguf(arch="gemma", norm_offset=1.0, period=None, narrow_scale_layers=None),
 }
 _GEMMA2 = _GEMMA1 | {
     "name": "gemma2",
@@ -242,6 +276,7 @@ _GEMMA2 = _GEMMA1 | {
     "fp16_safe": False,  # transformers#32309, unsloth#2040: inf in hidden states
     "attention_softcap": 50.0,  # config
     "final_softcap": 30.0,  # config
+    "gguf": Gguf(arch="gemma2", norm_offset=1.0, period=2, narrow_scale_layers=46),
 }
 _GEMMA3_TEXT = _GEMMA1 | {
     **_TURNS_3,
@@ -253,6 +288,10 @@ _GEMMA3_TEXT = _GEMMA1 | {
     "norms_per_layer": 4,
     "qk_norm": True,  # modeling: q_norm, k_norm
     "fp16_safe": False,  # transformers#39972, LlamaFactory#7755
+    # generation_config.json of google/gemma-3-*-it: top_k 64, top_p 0.95; no temperature, which is transformers' 1.
+    "sampling": {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
+    "gguf_tokenizer": True,  # tests/integration/test_real_270m.py compares it with Google's
+    "gguf": Gguf(arch="gemma3", norm_offset=1.0, period=6, narrow_scale_layers=62),
 }
 _GEMMA3N_TEXT = _GEMMA3_TEXT | {
     "name": "gemma3n_text",
@@ -261,6 +300,7 @@ _GEMMA3N_TEXT = _GEMMA3_TEXT | {
     "control_ids": _CONTROL_3N,
     "decoder_layer": "Gemma3nTextDecoderLayer",
     "kv_shared": True,  # config: num_kv_shared_layers
+    "gguf": None,  # llama.cpp: the layers that share keys and values are fixed to those of the published sizes
     # modeling: AltUp clamps prediction_coefs in place while it trains, which destroys a packed 4-bit weight; its other
     # maps (4 to 16 wide) and Laurel's (rank 64) are too narrow for blocks of 64.
     "skip_quantization": (
@@ -286,6 +326,13 @@ _GEMMA4_TEXT = _GEMMA3_TEXT | {
     "skip_quantization": ("lm_head", r".*\.router"),  # 26B-A4B: its routing must not be rounded
     "final_softcap": 30.0,  # google-deepmind/gemma, gm/nn/gemma4/_gemma4.py
     "licence": "apache-2.0",
+    "gguf_tokenizer": False,
+    "sampling": {"temperature": 1.0, "top_k": 64, "top_p": 0.95},  # model card of google/gemma-4-*, "Best Practices"
+    # Ollama, August 2026: server/create.go gives every GGUF of the architecture gemma4 the renderer "gemma4", which
+    # from 12B on writes an empty thought before each answer (server/renderer_resolution.go). The template that we train
+    # with writes none: model/renderers/renderer.go has that under "gemma4-small".
+    "ollama_code": {"renderer": "gemma4-small", "parser": "gemma4-no-thinking", "thinking_parser": "gemma4"},
+    "gguf": None,
 }
 _GEMMA4_UNIFIED_TEXT = _GEMMA4_TEXT | {
     "name": "gemma4_unified_text",
@@ -344,6 +391,7 @@ FAMILIES: dict[str, Family] = {
             "model_types": ("vaultgemma",),
             "decoder_layer": "VaultGemmaDecoderLayer",
             "norms_per_layer": 2,  # modeling: none after attention and the MLP
+            "gguf": None,  # llama.cpp has no such architecture
         },
     )
 }

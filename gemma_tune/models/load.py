@@ -49,13 +49,13 @@ def load_base(model: Mapping[str, Any], quantization: Mapping[str, Any], family:
     loaded, report = _from_pretrained(
         source,
         only_text,
-        dtype=_dtype(model.get("dtype") or "bfloat16"),
+        dtype=dtype_named(model.get("dtype") or "bfloat16"),
         attn_implementation=attention,
         quantization_config=_quantization(quantization, family),
-        device_map=_device_map(),
+        device_map=device_map(),
     )
-    _check_report(report, source.name, only_text)
-    _prepare(loaded, family)
+    check_report(report, source.name, only_text)
+    prepare(loaded, family)
     object.__setattr__(loaded, "_gemma_tune_source", source)
     return loaded
 
@@ -129,7 +129,7 @@ def _load_error(exc: RuntimeError, where: str) -> Exception:
     return exc
 
 
-def _check_report(report: Mapping[str, Any], where: str, only_text: bool) -> None:
+def check_report(report: Mapping[str, Any], where: str, only_text: bool) -> None:
     """Refuse a model that is in part random; say what was left over."""
     missing = sorted(report["missing_keys"])
     if missing:
@@ -154,7 +154,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _prepare(model: PreTrainedModel, family: Family) -> None:
+def prepare(model: PreTrainedModel, family: Family) -> None:
+    """What every model needs after it was loaded, whatever it was loaded from."""
     remedies.keep_gradient_after_eval(model)
     remedies.keep_head_input_contiguous(model)
     remedies.check_quantised_modules(model, family)
@@ -175,7 +176,17 @@ def set_stop_ids(model: PreTrainedModel, family: Family) -> None:
     generation.use_cache = True
 
 
-def _dtype(name: str) -> Any:
+def dtype_of_machine(family: Family) -> str:
+    """For a model without a plan: bf16 where the GPU has it, else a type in which this Gemma does not overflow."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float16" if family.fp16_safe else "float32"
+
+
+def dtype_named(name: str) -> Any:
+    """The torch type of a plan's `dtype`."""
     import torch
 
     value = getattr(torch, name, None)
@@ -193,7 +204,7 @@ def _quantization(quantization: Mapping[str, Any], family: Family) -> Any:
     return BitsAndBytesConfig(**{"llm_int8_skip_modules": list(family.skip_quantization), **quantization})
 
 
-def _device_map() -> dict[str, Any]:
+def device_map() -> dict[str, Any]:
     """All of the model on this process's device: a split model cannot be trained with DDP or FSDP."""
     import torch
 

