@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def llama_cpp() -> Any:
         raise AccessError("llama-cpp-python is not installed", where="llama.cpp", fix=_FIX) from exc
     except (OSError, RuntimeError) as exc:
         raise AccessError(f"the library of llama-cpp-python does not load: {exc}", where="llama.cpp", fix=_FIX) from exc
+    _hush(module)
     return module
 
 
@@ -65,8 +67,7 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     # llama.cpp writes the last letter large: Q4_K_M.
     params.ftype = getattr(module, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     params.nthread = _threads()
-    with _quiet(module):
-        failed = module.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+    failed = module.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
     if failed:
         raise AccessError(
             f"llama.cpp could not quantise it to {kind}",
@@ -81,6 +82,7 @@ class LlamaModel:
     def __init__(self, module: Any, model: Any) -> None:
         self._module = module
         self._model = model
+        self._vocab = module.llama_model_get_vocab(model.model)
 
     @property
     def rows(self) -> int:
@@ -97,12 +99,19 @@ class LlamaModel:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """What llama.cpp prints for these ids; control tokens print nothing."""
-        return bytes(self._model.detokenize(list(ids))).decode("utf-8", errors="replace")
+        # Defect: Llama.detokenize, up to at least 0.3.36, has 32 bytes for a token and loses a longer one.
+        tokens = (self._module.llama_token * len(ids))(*ids)
+        size = 0
+        while True:
+            text = ctypes.create_string_buffer(size)
+            found = self._module.llama_detokenize(self._vocab, tokens, len(ids), text, size, False, False)
+            if found >= 0:
+                return text.raw[:found].decode("utf-8", errors="replace")
+            size = -found
 
     def stops_at(self, token: int) -> bool:
         """Whether llama.cpp ends a generation at this token."""
-        vocab = self._module.llama_model_get_vocab(self._model.model)
-        return bool(self._module.llama_vocab_is_eog(vocab, token))
+        return bool(self._module.llama_vocab_is_eog(self._vocab, token))
 
     def log_probs(self, ids: Sequence[int]) -> np.ndarray:
         """Natural log-probabilities of the token behind `ids`, [rows], fp64.
@@ -154,46 +163,44 @@ def open_gguf(
     for one in (file, lora):
         if one is not None and not one.is_file():
             raise UserError("no such file", where=str(one), fix="export it first")
-    with _quiet(module):
-        try:
-            model = module.Llama(
-                str(file),
-                vocab_only=vocabulary_only,
-                n_gpu_layers=0,
-                n_ctx=context,
-                n_batch=512,
-                n_threads=_threads(),
-                n_threads_batch=_threads(),
-                lora_path=None if lora is None else str(lora),
-                type_k=module.GGML_TYPE_F32,
-                type_v=module.GGML_TYPE_F32,
-                flash_attn=False,
-                verbose=False,
-            )
-        except (ValueError, RuntimeError) as exc:
-            raise UserError(
-                f"llama.cpp cannot read it: {exc}",
-                where=str(file if lora is None else lora),
-                fix="export it again; an adapter needs the GGUF file of its base",
-            ) from exc
-        try:
-            yield LlamaModel(module, model)
-        finally:
-            model.close()
+    try:
+        model = module.Llama(
+            str(file),
+            vocab_only=vocabulary_only,
+            n_gpu_layers=0,
+            n_ctx=context,
+            n_batch=512,
+            n_threads=_threads(),
+            n_threads_batch=_threads(),
+            lora_path=None if lora is None else str(lora),
+            type_k=module.GGML_TYPE_F32,
+            type_v=module.GGML_TYPE_F32,
+            flash_attn=False,
+            verbose=False,
+        )
+    except (ValueError, RuntimeError) as exc:
+        raise UserError(
+            f"llama.cpp cannot read it: {exc}",
+            where=str(file if lora is None else lora),
+            fix="export it again; an adapter needs the GGUF file of its base",
+        ) from exc
+    try:
+        yield LlamaModel(module, model)
+    finally:
+        model.close()
 
 
 def _threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _quiet(module: Any) -> Iterator[None]:
-    """Without llama.cpp's log, which goes to stderr by a callback. What fails is said by our errors."""
+@cache
+def _hush(module: Any) -> Any:
+    """Stop llama.cpp's log, which goes to stderr by a callback. What fails is said by our errors.
+
+    Returns:
+        The callback, which has to live as long as the library.
+    """
     silent = module.llama_log_callback(lambda level, text, data: None)
     module.llama_log_set(silent, ctypes.c_void_p(0))
-    try:
-        yield
-    finally:
-        from llama_cpp._logger import llama_log_callback
-
-        module.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+    return silent

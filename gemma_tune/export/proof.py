@@ -9,7 +9,6 @@ A layer's weights are in memory only while it works (accelerate's hooks), so tha
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -109,8 +108,22 @@ def logits_of(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> list[to
     ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     with torch.inference_mode():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = _text_logits(model, ids, mask)
     return [logits[index, : len(row)].float() for index, row in enumerate(rows)]
+
+
+def _text_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[B, T, V]. Of a multimodal class the decoder and the head are called by themselves.
+
+    Gemma 4's outer forward takes a row of the embedding without calling it, which a layer that is not there cannot give
+    (transformers 5.23, modeling_gemma4.py, pad_embedding).
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base.config.get_text_config() is base.config:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits = base.lm_head(base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)
+    cap = base.config.get_text_config().final_logit_softcapping
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +158,12 @@ def prove(subject: Subject, base: Base, merged: Weights, written: Weights, rows:
     """
     config = trained_config(subject)
     pad = subject.family.pad_id
-    with reference_model(subject, base) as model:
-        reference = logits_of(model, rows, pad)
-    with lazy_model(config, written, subject.family) as model:
-        file = compare(reference, logits_of(model, rows, pad))
+    reference = logits_of(reference_model(subject, base), rows, pad)
+    file = compare(reference, logits_of(lazy_model(config, written, subject.family), rows, pad))
     dtype = str(next(written.dtype(name) for name in written.names())).removeprefix("torch.")
     if dtype == "float32":
         return Proof(file, file, base, dtype)
-    with lazy_model(config, merged, subject.family) as model:
-        arithmetic = compare(reference, logits_of(model, rows, pad))
+    arithmetic = compare(reference, logits_of(lazy_model(config, merged, subject.family), rows, pad))
     return Proof(arithmetic, file, base, dtype)
 
 
@@ -184,12 +194,10 @@ def check_proof(proof: Proof, where: str) -> None:
 # --- the reference
 
 
-@contextlib.contextmanager
-def reference_model(subject: Subject, base: Base) -> Iterator[Any]:
+def reference_model(subject: Subject, base: Base) -> Any:
     """Base + adapters as PEFT applies them, in fp32; a base that is merged into in 4 bits is loaded in 4 bits."""
     if base == "dequantized":
-        yield loaded_reference(subject, base)
-        return
+        return loaded_reference(subject, base)
     from peft import PeftModel
     from peft.utils import load_peft_weights
 
@@ -206,8 +214,7 @@ def reference_model(subject: Subject, base: Base) -> Iterator[Any]:
             model.load_adapter(folder, name, low_cpu_mem_usage=True)
         saved[name] = load_peft_weights(folder, device="cpu")
     _combine(model, subject)
-    with _hooked(model.eval(), _WithAdapters(plain, saved), subject.family):
-        yield model
+    return _hook(model.eval(), _WithAdapters(plain, saved), subject.family)
 
 
 def _name_of(number: int) -> str:
@@ -260,8 +267,7 @@ def loaded_reference(subject: Subject, base: Base) -> Any:
 # --- models whose weights come when they are needed
 
 
-@contextlib.contextmanager
-def lazy_model(config: Any, weights: Weights, family: Family) -> Iterator[Any]:
+def lazy_model(config: Any, weights: Weights, family: Family) -> Any:
     """The text decoder of a config with `weights`, in fp32, of which no more than a layer is in memory.
 
     Args:
@@ -271,14 +277,13 @@ def lazy_model(config: Any, weights: Weights, family: Family) -> Iterator[Any]:
     """
     with quiet_transformers():
         model = empty_model(_in_fp32(config.get_text_config(), family)).eval()
-    with _hooked(model, _attended(model, weights), family):
-        yield model
+    return _hook(model, _attended(model, weights), family)
 
 
-@contextlib.contextmanager
-def _hooked(model: Any, served: Mapping[str, torch.Tensor], family: Family) -> Iterator[None]:
+def _hook(model: Any, served: Mapping[str, torch.Tensor], family: Family) -> Any:
+    """The model, each of whose layers takes its weights from `served` when it is called and drops them afterwards."""
     import torch
-    from accelerate.hooks import attach_align_device_hook, remove_hook_from_module
+    from accelerate.hooks import attach_align_device_hook
 
     attach_align_device_hook(
         model,
@@ -287,10 +292,7 @@ def _hooked(model: Any, served: Mapping[str, torch.Tensor], family: Family) -> I
         weights_map=served,
         preload_module_classes=[family.decoder_layer],
     )
-    try:
-        yield
-    finally:
-        remove_hook_from_module(model, recurse=True)
+    return model
 
 
 def _in_fp32(config: Any, family: Family) -> Any:

@@ -28,10 +28,10 @@ class Gguf:
     Attributes:
         arch: `general.architecture`.
         norm_offset: what its converter adds to the weight of every RMS norm.
-        period: every `period`-th layer is global and the others see a window, unless the file says otherwise; None where
-            all layers are global.
-        narrow_scale_layers: the one number of layers at which queries are scaled by hidden size / heads in place of the
-            size of a head (how it tells the 27B model); None where there is none.
+        period: every `period`-th layer is global and the others see a window, unless the file says otherwise; None
+            where all layers are global.
+        narrow_scale_layers: the one number of layers at which queries are scaled by hidden size / heads in place of
+            the size of a head (how it tells the 27B model); None where there is none.
     """
 
     arch: str

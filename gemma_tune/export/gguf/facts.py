@@ -100,6 +100,9 @@ def _check(decoder: Decoder, where: str) -> None:
         refuse("query_pre_attn_scalar", scale, width)
     if getattr(text, "attn_logit_softcapping", None) and not _has_softcap(facts):
         refuse("attn_logit_softcapping", text.attn_logit_softcapping, "absent")
+    if facts.period is not None and len(set(text.layer_types)) == 1:
+        # It ends the whole process there: GGML_ASSERT(hparams.is_swa_any()).
+        refuse("the kinds of layers", text.layer_types[0], "sliding and full attention")
     for kind, rope in _ropes(text).items():
         if rope["rope_type"] != "default" and (rope["rope_type"], kind) != ("linear", "full_attention"):
             refuse(f"the rope_type of {kind}", rope["rope_type"], "default")

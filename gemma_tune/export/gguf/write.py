@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def write_gguf(
         about: see `ABOUT`.
 
     Raises:
-        UserError: llama.cpp would not compute what the model does, or not find its tokens; a tensor is missing or is not
+        UserError: llama.cpp would not compute what the model does, or not find its tokens; a tensor is missing or not
             finite.
         AccessError: the package `gguf` is missing.
     """
@@ -83,9 +84,10 @@ def write_gguf(
     with writing(file, decoder) as writer:
         add_general(writer, about, "model")
         add_facts(writer, decoder)
-        _add_vocabulary(writer, vocabulary, family)
+        add_vocabulary(writer, vocabulary, family)
         _add_sampling(writer, model)
         _add_type(writer, kind)
+        _add_size(writer, weights, names)
         _add_tensors(writer, weights, names, kind, decoder.facts.norm_offset)
     towers = sum(map(is_tower, weights.names()))
     return Written(file, len(names), towers, file.stat().st_size)
@@ -110,6 +112,7 @@ def _rows(weights: Weights, names: Mapping[str, str]) -> int:
 
 @contextmanager
 def writing(file: Path, decoder: Decoder) -> Iterator[GGUFWriter]:
+    """A writer for the architecture of `decoder`, closed when the body ends."""
     import gguf
 
     writer = gguf.GGUFWriter(file, decoder.facts.arch)
@@ -120,6 +123,7 @@ def writing(file: Path, decoder: Decoder) -> Iterator[GGUFWriter]:
 
 
 def add_general(writer: GGUFWriter, about: Mapping[str, Any], kind: str) -> None:
+    """Write the keys `general.*`; `kind` is `model` or `adapter`."""
     if unknown := set(about) - set(ABOUT):
         raise KeyError(f"about: {sorted(unknown)}")
     writer.add_type(kind)
@@ -134,7 +138,8 @@ def add_general(writer: GGUFWriter, about: Mapping[str, Any], kind: str) -> None
             getattr(writer, f"add_base_model_{key}")(number, value)
 
 
-def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, family: Family) -> None:
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, family: Family) -> None:
+    """Write the keys `tokenizer.*`: the vocabulary, its special ids, and the official chat template."""
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocabulary.pieces)
@@ -168,6 +173,12 @@ def _add_type(writer: GGUFWriter, kind: Kind) -> None:
     known = {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "bf16": types.MOSTLY_BF16, "q8_0": types.MOSTLY_Q8_0}
     writer.add_file_type(known[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_size(writer: GGUFWriter, weights: Weights, names: Mapping[str, str]) -> None:
+    import gguf
+
+    writer.add_size_label(gguf.size_label(sum(math.prod(weights.shape(name)) for name in names), 0, 0, 0))
 
 
 def _add_tensors(

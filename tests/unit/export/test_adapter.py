@@ -13,32 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.errors import UserError
 from gemma_tune.export.adapter import check_adapter_names, check_served, class_weights, server_adapter
-from gemma_tune.export.subject import Subject, find_subject
+from gemma_tune.export.subject import find_subject
 from gemma_tune.export.weights import CheckpointFiles
-from gemma_tune.gemma.families import FAMILIES, text_only
-from gemma_tune.models.load import load_base
-from gemma_tune.models.lora import attach, save_adapter
-from gemma_tune.models.tokenizer import load_tokenizer
+from gemma_tune.gemma.families import FAMILIES
+from tests.export_rig import CASES, logits, make_run
 from tests.meta_models import SHAPES, TOWERS, multimodal_model, text_model
 
-ROW = torch.arange(500, 530)[None]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def make_run(base: Path, run: Path, name: str, *, only_text: bool = False, **lora: Any) -> tuple[Subject, Any]:
-    """A run folder with an adapter that has moved, and the model that it was made from."""
-    family = text_only(FAMILIES[name]) if only_text else FAMILIES[name]
-    model = load_base({"name": str(base), "dtype": "float32", "text_only": only_text}, {}, family)
-    keywords = {"target_modules": family.lora_targets["all-linear"], "r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM"}
-    adapted = attach(model, keywords | lora, family)
-    for key, parameter in adapted.named_parameters():
-        if ".lora_B." in key:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(key)))
-    save_adapter(adapted, run / "adapter", family, load_tokenizer(str(base), None, family))
-    chosen = {"dtype": "float32", "text_only": only_text}
-    plan = {"model": {key: {"value": value, "reason": "test"} for key, value in chosen.items()}}
-    (run / "plan.json").write_text(json.dumps(plan))
-    return find_subject([str(run)]), adapted.eval()
 
 
 def opened_by_peft(base: Path, folder: Path) -> Any:
@@ -47,26 +28,6 @@ def opened_by_peft(base: Path, folder: Path) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(folder)).eval()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        made: torch.Tensor = model(input_ids=ROW).logits
-    return made
-
-
-CASES = [
-    ("gemma1", False),
-    ("gemma2", False),
-    ("gemma3_text", False),
-    ("gemma3", False),
-    ("gemma3", True),
-    ("gemma3n_text", False),
-    ("gemma4", False),
-    ("gemma4", True),
-    ("gemma4_text", False),
-    ("gemma4_unified", True),
-]
 
 
 @pytest.mark.parametrize(("name", "only_text"), CASES)
