@@ -4,7 +4,9 @@ BIN := $(VENV)/bin
 # The same number of threads everywhere: the tests compare floating-point results.
 TESTENV := OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart rlhf-demo test test-fast test-exhaustive test-gpu lint format setup clean help
+LLAMA := .llama
+
+.PHONY: quickstart rlhf-demo test test-fast test-exhaustive test-gpu verify-gguf lint format setup clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +37,16 @@ test-exhaustive: $(VENV)/.ready  ## kills a run before each of its file operatio
 test-gpu: $(VENV)/.ready  ## on a CUDA machine: training, memory and speed there
 	$(BIN)/python -m pytest -q -s -m gpu tests/gpu
 
+# Beside the environment, not in it: the other tests must pass without llama.cpp.
+$(LLAMA)/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade --no-deps --target $(LLAMA) \
+		llama-cpp-python==0.3.36 diskcache
+	touch $@
+
+verify-gguf: $(LLAMA)/.ready  ## GGUF files in llama.cpp itself; builds it first (5 minutes), with runs/quickstart if there
+	PYTHONPATH=$(LLAMA) $(if $(wildcard runs/quickstart/adapter),GEMMA_TUNE_TEST_RUN=runs/quickstart) \
+		$(BIN)/python -m pytest -q -s -m llama tests/llama
+
 lint: $(VENV)/.ready  ## style, types and the floors of the house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +58,4 @@ format: $(VENV)/.ready  ## rewrite the code in the house style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(LLAMA) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

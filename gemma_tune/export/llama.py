@@ -172,22 +172,33 @@ def open_gguf(
             n_batch=512,
             n_threads=_threads(),
             n_threads_batch=_threads(),
-            lora_path=None if lora is None else str(lora),
             type_k=module.GGML_TYPE_F32,
             type_v=module.GGML_TYPE_F32,
             flash_attn=False,
             verbose=False,
         )
     except (ValueError, RuntimeError) as exc:
-        raise UserError(
-            f"llama.cpp cannot read it: {exc}",
-            where=str(file if lora is None else lora),
-            fix="export it again; an adapter needs the GGUF file of its base",
-        ) from exc
+        raise UserError(f"llama.cpp cannot read it: {exc}", where=str(file), fix="export it again") from exc
     try:
+        if lora is not None:
+            _put_on(module, model, lora)
         yield LlamaModel(module, model)
     finally:
         model.close()
+
+
+def _put_on(module: Any, model: Any, lora: Path) -> None:
+    """Put an adapter on the model, which frees it in the end.
+
+    Defect: Llama(lora_path=...), up to at least 0.3.36, compares a null pointer with None, and so answers with the base
+    alone where llama.cpp has refused the adapter.
+    """
+    adapter = module.llama_adapter_lora_init(model.model, str(lora).encode())
+    one, scale = (module.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+    if not adapter or module.llama_set_adapters_lora(model.ctx, one, 1, scale):
+        raise UserError(
+            "llama.cpp refuses this adapter", where=str(lora), fix="put it on the GGUF file of its own base"
+        )
 
 
 def _threads() -> int:

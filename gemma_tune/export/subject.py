@@ -134,7 +134,8 @@ def _adapters_in(target: str) -> str:
 def _run_of(target: str) -> Path | None:
     """The run that a target is, or lies in: a run's own folder, its adapter's, or a checkpoint's."""
     folder = Path(target).expanduser()
-    return next((one for one in (folder, *folder.absolute().parents[:2]) if (one / "run.json").is_file()), None)
+    near = (folder, *folder.absolute().parents[:2])
+    return next((one for one in near if (one / "run.json").is_file() or (one / "plan.json").is_file()), None)
 
 
 def _read(folder: Path | None, name: str) -> Mapping[str, Any]:

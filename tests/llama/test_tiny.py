@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma1": ("gemma1", {}),
     "gemma2": ("gemma2", {}),
     "gemma2, another pattern": ("gemma2", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}),
+    "gemma2, other caps": ("gemma2", {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0}),
     "gemma3": ("gemma3_text", SIX),
     "gemma3, another pattern": ("gemma3_text", {}),
     "gemma3, scaled rope of the global layers": ("gemma3_text", SIX | {"rope_parameters": LINEAR}),
@@ -80,7 +81,7 @@ def test_an_adapter(lora: dict[str, Any], tiny: Callable[..., Path], tmp_path: P
         found = torch.from_numpy(model.log_probs(IDS))
     gap, moved = float((found - expected).abs().max()), float((plain - expected).abs().max())
     print(f"\n{lora}: largest difference {gap:.2e}, where the adapter moves {moved:.2f}")
-    assert moved > 0.1 and gap < 1e-3 * moved
+    assert moved > 1 and gap < 2e-3 * moved
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
@@ -142,5 +143,5 @@ def test_refusals(tiny: Callable[..., Path], tmp_path: Path) -> None:
     make_adapter(tiny("gemma2"), tmp_path / "foreign")
     lora = tmp_path / "foreign.gguf"
     write_lora_gguf(tmp_path / "foreign", tiny("gemma2"), lora, family=FAMILIES["gemma2"], about=ABOUT)
-    with pytest.raises(UserError, match="cannot read it"), open_gguf(tmp_path / "x.gguf", lora=lora):
+    with pytest.raises(UserError, match="refuses this adapter"), open_gguf(tmp_path / "x.gguf", lora=lora):
         pass

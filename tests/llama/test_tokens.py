@@ -48,9 +48,13 @@ def test_tokens_are_the_official_tokenizers(opened: tuple[str, LlamaModel], seed
 
 
 def test_text_of_users_is_what_training_saw(opened: tuple[str, LlamaModel]) -> None:
-    """Without control tokens llama.cpp reads a text as our renderer does: none of them can be written by a user."""
+    """Without control tokens llama.cpp reads a text as our renderer does: none of them can be written by a user.
+
+    But for `</s>`, an HTML tag in Gemma's vocabulary: llama.cpp takes that spelling for the end of a generation in
+    every model (src/llama-vocab.cpp, special_eog_ids), and so for a control token.
+    """
     name, model = opened
-    texts = hard_texts(2)
+    texts = [text for text in hard_texts(2) if "</s>" not in text]
     trained = protected_encoder(name).encode(texts)
     wrong = [text for text, ids in zip(texts, trained, strict=True) if model.tokenize(text, control=False) != ids]
     print(f"\n{name}: {len(wrong)} of {len(texts)} hard texts differ from what training saw")
@@ -72,11 +76,12 @@ def test_stops(opened: tuple[str, LlamaModel]) -> None:
     family = FAMILIES[name]
     assert all(model.stops_at(token) for token in family.stop_ids)
     assert not any(model.stops_at(token) for token in (family.bos_id, family.turn_start_id, 500, 1000))
+    assert model.stops_at(model.tokenize("</s>", control=True)[0]), "mended in llama.cpp: see the test above"
     assert model.rows == ROWS[name]
 
 
 def test_the_tokenizer_of_a_run(real_270m: Path, tmp_path: Path) -> None:
-    """What the quick start saves, against Google's own file."""
+    """What the quick start saves, against Google's own file, in llama.cpp."""
     family = FAMILIES["gemma3_text"]
     document = json.loads((real_270m / "tokenizer.json").read_text(encoding="utf-8"))
     decoder = read_decoder(real_270m, family)

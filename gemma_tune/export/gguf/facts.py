@@ -72,11 +72,11 @@ def read_decoder(model: Path, family: Family) -> Decoder:
     with quiet_transformers():
         config = AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
     decoder = Decoder(facts, config.get_text_config(), bool(config.tie_word_embeddings))
-    _check(decoder, str(model / "config.json"))
+    _check(decoder, family, str(model / "config.json"))
     return decoder
 
 
-def _check(decoder: Decoder, where: str) -> None:
+def _check(decoder: Decoder, family: Family, where: str) -> None:
     text, facts = decoder.text, decoder.facts
 
     def refuse(key: str, value: Any, expected: Any) -> None:
@@ -98,7 +98,11 @@ def _check(decoder: Decoder, where: str) -> None:
     scale = getattr(text, "query_pre_attn_scalar", text.head_dim)
     if not math.isclose(scale, width):
         refuse("query_pre_attn_scalar", scale, width)
-    if getattr(text, "attn_logit_softcapping", None) and not _has_softcap(facts):
+    caps = {"attn_logit_softcapping": family.attention_softcap, "final_logit_softcapping": family.final_softcap}
+    for key, usual in caps.items():
+        if usual is not None and not getattr(text, key):  # a key that is absent means the usual one there
+            refuse(key, getattr(text, key), usual)
+    if getattr(text, "attn_logit_softcapping", None) and family.attention_softcap is None:
         refuse("attn_logit_softcapping", text.attn_logit_softcapping, "absent")
     if facts.period is not None and len(set(text.layer_types)) == 1:
         # It ends the whole process there: GGML_ASSERT(hparams.is_swa_any()).
@@ -106,10 +110,6 @@ def _check(decoder: Decoder, where: str) -> None:
     for kind, rope in _ropes(text).items():
         if rope["rope_type"] != "default" and (rope["rope_type"], kind) != ("linear", "full_attention"):
             refuse(f"the rope_type of {kind}", rope["rope_type"], "default")
-
-
-def _has_softcap(facts: Gguf) -> bool:
-    return any(row.gguf == facts and row.attention_softcap for row in FAMILIES.values())
 
 
 def _ropes(text: Any) -> dict[str, Mapping[str, Any]]:

@@ -14,7 +14,8 @@ Its own rules for tokens that are looked up in the raw text before that:
 
 Runs of blanks ("▁▁") are added tokens in tokenizer.json, spelled with U+2581; as USER_DEFINED ones they would be
 printed so. They are NORMAL here: their scores, the highest, make the same tokens of blanks. What remains different:
-runs of the character U+2581 itself next to blanks, and for Gemma 1 and 2 more than 31 of them.
+runs of the character U+2581 itself next to blanks, and for Gemma 1 and 2 more than 31 of them; and `</s>`, an HTML tag
+to Gemma, which llama.cpp takes for the end of a generation whatever the file says.
 """
 
 from __future__ import annotations

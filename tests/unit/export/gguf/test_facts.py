@@ -33,6 +33,8 @@ def _changed(folder: Path, into: Path, **changes: Any) -> Path:
         ("gemma3_text", {"attention_bias": True}, "takes attention_bias to be False"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "takes use_bidirectional_attention to be False"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "takes attn_logit_softcapping to be absent"),
+        ("gemma2", {"attn_logit_softcapping": None}, r"takes attn_logit_softcapping to be 50\.0"),
+        ("gemma2", {"final_logit_softcapping": None}, r"takes final_logit_softcapping to be 30\.0"),
         ("gemma2", {"layer_types": ["full_attention"] * 4}, "takes the kinds of layers to be sliding and full"),
     ],
 )
