@@ -85,14 +85,14 @@ def _report(result: Result) -> Iterator[str]:
 
 
 def _proof_lines(proof: Proof) -> Iterator[str]:
-    sum_ = proof.arithmetic
+    exact = proof.arithmetic
     yield (
-        f"merged into the {proof.base} base: logits differ from base + adapter by at most {sum_.largest_logit:.2g} in "
-        f"fp32 (allowed {sum_.limit:.1g}; the largest logit is {sum_.scale:.0f}), KL {sum_.mean_kl:.1g} nats a token, "
-        f"over {sum_.positions} positions"
+        f"merged into the {proof.base} base: logits differ from base + adapter by at most {exact.largest_logit:.2g} in "
+        f"fp32 (allowed {exact.limit:.1g}; the largest logit is {exact.scale:.0f}), KL {exact.mean_kl:.1g} nats a token, "
+        f"over {exact.positions} positions"
     )
     if proof.dtype != "float32":
         yield (
-            f"rounded to {proof.dtype}: KL {proof.file.mean_kl:.2g} nats a token on average, {proof.file.largest_kl:.2g} "
-            f"at most; the first choice is the same at {proof.file.same_choice:.1%} of the positions"
+            f"rounded to {proof.dtype}: KL {proof.file.mean_kl:.2g} nats a token on average, "
+            f"{proof.file.largest_kl:.2g} at most; the first choice is the same at {proof.file.same_choice:.1%} of the positions"
         )

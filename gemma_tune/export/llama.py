@@ -202,6 +202,10 @@ def _put_on(module: Any, model: Any, lora: Path) -> None:
 
 
 def _threads() -> int:
+    """OMP_NUM_THREADS where it is set, as torch has it: threads of llama.cpp that wait for a busy core cost minutes."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit() and int(chosen):
+        return int(chosen)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -242,8 +242,10 @@ def _write_gguf(subject: Subject, file: Path, base: Base, quantize: str) -> tupl
 def _verify_gguf(subject: Subject, file: Path, order: Order) -> tuple[Verification, ...]:
     """transformers where it reads this generation's GGUF, llama.cpp where it is installed; at least one of them."""
     from gemma_tune.export.llama import has_llama_cpp, open_gguf
+    from gemma_tune.models.gguf_files import open_gguf as open_with_transformers
+    from gemma_tune.models.gguf_files import transformers_reads
 
-    read = subject.family.gguf_tokenizer is not None
+    read = transformers_reads(subject.family)
     if not read and not has_llama_cpp():
         raise AccessError(
             f"transformers reads no GGUF of {subject.family.label}, and llama-cpp-python is not installed",
@@ -253,11 +255,8 @@ def _verify_gguf(subject: Subject, file: Path, order: Order) -> tuple[Verificati
     reference = _reference(subject, order.base)
     found: list[Verification] = []
     if read:
-        from gemma_tune.models.gguf_files import open_gguf as open_with_transformers
-
         model = open_with_transformers(file, {"dtype": "float32"})[0]
         found.append(_heard(reference, model, subject, file.name, order.quantize))
-        del model
     if has_llama_cpp():
         with open_gguf(file) as opened:
             found.append(

@@ -202,9 +202,14 @@ def _bytes(shape: list[int], kind: int) -> int:
     return math.prod(shape) // block * size
 
 
-def _family(header: Header, file: Path) -> Family:
+def transformers_reads(family: Family) -> bool:
+    """Whether transformers has a reader for GGUF files of this generation."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    return family.gguf is not None and family.gguf.arch in GGUF_SUPPORTED_ARCHITECTURES
+
+
+def _family(header: Header, file: Path) -> Family:
     name = str(header.facts["general.architecture"])
     if header.facts.get("general.type") == "adapter":
         raise UserError(
@@ -216,7 +221,7 @@ def _family(header: Header, file: Path) -> Family:
         raise UserError(f"this is no Gemma: its architecture is '{name}'", where=str(file), fix=_LLAMA.format(file))
     found = (row for row in FAMILIES.values() if row.text_model_type is None and row.gguf and row.gguf.arch == name)
     family = next(found, None)
-    if family is None or name not in GGUF_SUPPORTED_ARCHITECTURES or header.facts.get("split.count", 1) > 1:
+    if family is None or not transformers_reads(family) or header.facts.get("split.count", 1) > 1:
         what = "one part of a split file" if header.facts.get("split.count", 1) > 1 else f"architecture '{name}'"
         raise UserError(
             f"transformers does not read this GGUF file exactly ({what})", where=str(file), fix=_LLAMA.format(file)

@@ -101,13 +101,18 @@ def test_a_lora_gguf_alone(run: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "out") == PAPERS | {"run-lora.gguf", "export.json"}
 
 
-def test_eight_bits_are_reported_and_refused_where_texts_part(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_gguf_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A random model has ties everywhere: it does not survive rounding to 8 bits."""
-    said = refused(capsys, tmp_path / "out", "export", str(run), "--format", "gguf", "--verify")
-    assert "writes other texts with run-Q8_0.gguf" in said and "nats apart" in said
-    assert main(["export", str(run), "--format", "gguf", "--out", str(tmp_path / "out")]) == 0
+    """Norms without the 1 that llama.cpp's files hold: every shape and name is right."""
+    from gemma_tune.export.gguf import write
+
+    right = write.encode
+    monkeypatch.setattr(write, "encode", lambda *args, **kwargs: right(*args, **(kwargs | {"offset": 0.0})))
+    words = ("export", str(run), "--format", "gguf", "--verify")
+    for kind in ("f32", "q8_0"):
+        said = refused(capsys, tmp_path / "out", *words, "--quantize", kind, code=1)
+        assert "does not say what the adapter on its base does" in said and "nothing was written" in said
 
 
 def test_a_model_without_an_adapter(tiny: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
