@@ -85,14 +85,14 @@ def _report(result: Result) -> Iterator[str]:
 
 
 def _proof_lines(proof: Proof) -> Iterator[str]:
-    exact = proof.arithmetic
+    exact, file = proof.arithmetic, proof.file
     yield (
-        f"merged into the {proof.base} base: logits differ from base + adapter by at most {exact.largest_logit:.2g} in "
-        f"fp32 (allowed {exact.limit:.1g}; the largest logit is {exact.scale:.0f}), KL {exact.mean_kl:.1g} nats a token, "
-        f"over {exact.positions} positions"
+        f"merged into the {proof.base} base: in fp32 logits differ from base + adapter by at most "
+        f"{exact.largest_logit:.2g} (allowed {exact.limit:.1g}; the largest logit is {exact.scale:.0f}), "
+        f"KL {exact.mean_kl:.1g} nats a token, over {exact.positions} positions"
     )
     if proof.dtype != "float32":
         yield (
-            f"rounded to {proof.dtype}: KL {proof.file.mean_kl:.2g} nats a token on average, "
-            f"{proof.file.largest_kl:.2g} at most; the first choice is the same at {proof.file.same_choice:.1%} of the positions"
+            f"rounded to {proof.dtype}: KL {file.mean_kl:.2g} nats a token on average, {file.largest_kl:.2g} at most; "
+            f"the first choice is the same at {file.same_choice:.1%} of the positions"
         )

@@ -57,7 +57,7 @@ def test_merge_says_what_it_proved_and_how_to_serve_it(run: Path, capsys: pytest
     assert main(["merge", str(run), "--dtype", "float32"]) == 0
     said = capsys.readouterr().out
     out = run / "merged"
-    assert "merged into the original base: logits differ from base + adapter by at most" in said
+    assert "merged into the original base: in fp32 logits differ from base + adapter by at most" in said
     assert f"vllm serve {out}" in said and f"gemma-tune chat {out}" in said
     assert names(out) == SURROUNDINGS | {"model.safetensors", "config.json", "generation_config.json"}
     record = json.loads((out / "export.json").read_text())
