@@ -59,7 +59,7 @@ def export(subject: Subject, out: Path | None, name: str, order: Order) -> int:
     final = out or _place(subject) / name
     with staged(final) as folder:
         result = make(subject, folder, order)
-    for line in _report(result):
+    for line in _report(result, "base + adapter" if subject.adapters else "the model in fp32"):
         console.out(console.printable(line))
     console.out(f"wrote {console.printable(final)}")
     for note in result.notes:
@@ -75,13 +75,13 @@ def _place(subject: Subject) -> Path:
     return subject.run_folder if subject.run_folder is not None else Path.cwd()
 
 
-def _report(result: Result) -> Iterator[str]:
+def _report(result: Result, reference: str) -> Iterator[str]:
     from gemma_tune.export.verify import lines_of
 
     if result.proof is not None:
         yield from _proof_lines(result.proof)
     for found in result.verified:
-        yield from lines_of(found)
+        yield from lines_of(found, reference)
 
 
 def _proof_lines(proof: Proof) -> Iterator[str]:

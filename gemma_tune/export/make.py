@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,7 +191,7 @@ def _heard(reference: Reference, model: Any, subject: Subject, artefact: str, ki
 
 
 def _gguf(subject: Subject, folder: Path, order: Order) -> Result:
-    name = f"{_name(subject)}-{order.quantize.upper()}.gguf"
+    name = f"{subject.name}-{order.quantize.upper()}.gguf"
     notes = _write_gguf(subject, folder / name, order.base, order.quantize)
     write_tokenizer(subject, folder)  # transformers rebuilds no tokenizer of Gemma 2 from a GGUF
     kind: Kind = "gguf"
@@ -272,7 +271,7 @@ def _lora_gguf(subject: Subject, folder: Path, order: Order) -> Result:
         raise UserError(
             "a LoRA GGUF holds one adapter", where=subject.target, fix="name one run; --format gguf merges several"
         )
-    name = f"{_name(subject)}-lora.gguf"
+    name = f"{subject.name}-lora.gguf"
     one = subject.adapters[0]
     write_lora_gguf(
         one.folder,
@@ -330,16 +329,10 @@ def _adapter(subject: Subject, folder: Path, order: Order) -> Result:
 # --- names
 
 
-def _name(subject: Subject) -> str:
-    """A file's name: of the run, or of the model."""
-    place = subject.run_folder.name if subject.run_folder else licences.last_name(subject.source.name.split(":")[-1])
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", place).strip("-.") or "gemma"
-
-
 def _about(subject: Subject) -> dict[str, Any]:
     """`general.*` of a GGUF file: name, licence and base (ggml, docs/gguf.md)."""
     about: dict[str, Any] = {
-        "name": _name(subject),
+        "name": subject.name,
         "license": subject.family.licence,
         "license_link": f"https://{licences.TERMS if subject.family.licence == 'gemma' else licences.APACHE}",
     }

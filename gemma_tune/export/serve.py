@@ -60,7 +60,7 @@ def _commands(path: Path, kind: Kind, subject: Subject) -> Iterator[tuple[str, l
         yield from _adapter(path, subject)
         yield "gemma-tune", ["gemma-tune", "chat", str(path)]
     elif kind == "ollama":
-        name = _ollama_name(path)
+        name = _name(path, subject).lower()
         yield "Ollama, once", ["ollama", "create", name, "-f", str(path / "Modelfile")]
         yield "Ollama", ["ollama", "run", name]
     elif kind == "lora-gguf":
@@ -75,7 +75,7 @@ def _adapter(folder: Path, subject: Subject) -> Iterator[tuple[str, list[str]]]:
     rank = vllm_rank(config)
     if rank is None or not _is_served(config, subject):
         return
-    named = f"{_name(folder)}={folder}"
+    named = f"{_name(folder, subject)}={folder}"
     where, revision = _place(subject.source)
     at = ["--revision", revision] if revision else []
     template = ["--chat-template", str(folder / _TEMPLATE)] if (folder / _TEMPLATE).is_file() else []
@@ -133,12 +133,10 @@ def _can_be_named(path: Path) -> bool:
     return "@" not in str(path) and ":" not in str(path)
 
 
-def _name(folder: Path) -> str:
-    """What an adapter is called in requests: its run's name, without what would end a word or a name."""
+def _name(folder: Path, subject: Subject) -> str:
+    """What it is called in requests: as its run if it lies there, else as its folder, without what would end a word."""
     folder = folder.absolute()
+    if subject.run_folder is not None and folder.parent == subject.run_folder.absolute():
+        return subject.name
     own = folder.parent.name if folder.name in ("adapter", "model") else folder.name
     return re.sub(r"[^\w.-]+", "-", own, flags=re.ASCII).strip("-.") or "gemma"
-
-
-def _ollama_name(folder: Path) -> str:
-    return _name(folder).lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import Family, family_of, text_only
+from gemma_tune.gemma.licences import last_name
 from gemma_tune.models.lora import CONFIG, WEIGHTS
 from gemma_tune.models.reference import ModelSource, resolve
 from gemma_tune.models.saved import find_saved
@@ -56,6 +58,12 @@ class Subject:
     def planned(self, section: str) -> dict[str, Any]:
         """Bare values of a section of plan.json; empty without a plan."""
         return {key: choice["value"] for key, choice in self.plan.get(section, {}).items()}
+
+    @property
+    def name(self) -> str:
+        """What files and served models are called: as the run, or else as the model; letters, digits, `.`, `_`, `-`."""
+        place = self.run_folder.absolute() if self.run_folder else self.source.name.split(":")[-1]
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", last_name(str(place))).strip("-.") or "gemma"
 
     def hub_revision(self) -> str | None:
         """The base's commit; None for a folder and for packaged weights, which have no revision to ask for."""

@@ -255,12 +255,16 @@ def check_verification(found: Verification, where: Path | str) -> None:
         )
 
 
-def lines_of(found: Verification) -> list[str]:
-    """The report as it is printed."""
+def lines_of(found: Verification, reference: str = "base + adapter") -> list[str]:
+    """The report as it is printed.
+
+    Args:
+        reference: what it was compared with.
+    """
     whole = sum(count == found.tokens for count in found.equal)
     lines = [
         f"{found.engine} on {found.artefact}: {whole} of {len(found.equal)} prompts give {found.tokens} of "
-        f"{found.tokens} tokens of base + adapter; first-token KL {found.mean_kl:.2g} nats on average, "
+        f"{found.tokens} tokens of {reference}; first-token KL {found.mean_kl:.2g} nats on average, "
         f"{found.largest_kl:.2g} at most"
     ]
     lines += [

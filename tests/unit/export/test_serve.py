@@ -159,3 +159,10 @@ def test_transformers_serve_takes_no_gguf_of_a_gemma(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path, gguf_file="model.gguf")
     assert config.model_type == "gemma3_text"
     assert config.architectures is None  # cli/serving/model_manager.py takes the first of them
+
+
+def test_what_lies_in_its_run_is_called_as_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "My Cook 2"
+    made = replace(subject(), run_folder=run)
+    said = dict(serve_commands(run / "ollama-q8_0", "ollama", made))
+    assert said["Ollama"] == "ollama run my-cook-2"
