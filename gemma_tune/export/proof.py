@@ -89,12 +89,13 @@ def compare(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) ->
     largest = scale = total = worst = 0.0
     same = positions = 0
     for ours, theirs in zip(reference, other, strict=True):
-        largest = max(largest, (ours - theirs).abs().max().item())
+        apart = (ours - theirs).abs().max().item()
+        largest = apart if apart != apart else max(largest, apart)
         scale = max(scale, ours.abs().max().item())
         for one, two in zip(ours, theirs, strict=True):  # a position at a time: the vocabulary has 262,144 words
             p, q = one.double().log_softmax(-1), two.double().log_softmax(-1)
-            kl = max(0.0, (p.exp() * (p - q)).sum().item())
-            total, worst = total + kl, max(worst, kl)
+            kl = (p.exp() * (p - q)).sum().item()
+            total, worst = total + kl, kl if kl != kl else max(worst, kl)  # NaN stays
             same += int(torch.equal(one.argmax(), two.argmax()))
             positions += 1
     return Difference(largest, scale, total / positions, worst, same / positions, positions)

@@ -65,6 +65,16 @@ class Subject:
         place = self.run_folder.absolute() if self.run_folder else self.source.name.split(":")[-1]
         return re.sub(r"[^A-Za-z0-9._-]+", "-", last_name(str(place))).strip("-.") or "gemma"
 
+    @property
+    def measured(self) -> bool:
+        """Whether the figures of the run are those of what leaves: its one final result, neither scaled nor combined."""
+        if self.run_folder is None:
+            return False
+        if not self.adapters:
+            return self.source.path.resolve() == (self.run_folder / "model").resolve()
+        final = (self.run_folder / "adapter").resolve()
+        return len(self.adapters) == 1 and self.adapters[0].weight == 1.0 and self.adapters[0].folder.resolve() == final
+
     def hub_revision(self) -> str | None:
         """The base's commit; None for a folder and for packaged weights, which have no revision to ask for."""
         revision = self.source.revision
@@ -140,9 +150,12 @@ def _adapters_in(target: str) -> str:
 
 
 def _run_of(target: str) -> Path | None:
-    """The run that a target is, or lies in: a run's own folder, its adapter's, or a checkpoint's."""
+    """The run that a target is or lies in: a run's own folder, or an adapter or a model inside of one."""
     folder = Path(target).expanduser()
-    near = (folder, *folder.absolute().parents[:2])
+    if not folder.is_dir():
+        return None  # a hub id, which is no path below the working directory
+    inside = 2 if (folder / CONFIG).is_file() else 1 if folder.absolute().name == "model" else 0
+    near = (folder, *folder.absolute().parents[:inside])
     return next((one for one in near if (one / "run.json").is_file() or (one / "plan.json").is_file()), None)
 
 

@@ -236,7 +236,8 @@ def kl_of(reference: Any, other: Any) -> float:
 
     length = min(len(reference), len(other))
     p, q = torch.as_tensor(reference)[:length].double(), torch.as_tensor(other)[:length].double()
-    return max(0.0, float((p.exp() * (p - q)).sum()))
+    kl = float((p.exp() * (p - q)).sum())
+    return 0.0 if -1e-9 < kl < 0 else kl  # NaN stays NaN
 
 
 def check_verification(found: Verification, where: Path | str) -> None:
