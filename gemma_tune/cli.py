@@ -252,7 +252,10 @@ def export(
     runs: Runs,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.safetensors,
     out: Out = None,
-    quantize: Annotated[str, typer.Option(help="Type of a GGUF: f32, bf16, f16, q8_0, q6_k, q4_k_m, ...")] = "q8_0",
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Type of a GGUF: f32, bf16, f16, q8_0 (default), q6_k, q4_k_m, ...", show_default=False),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Open it and compare its texts with the adapter's.")] = False,
     base: Into = BaseKind.original,
     dtype: AsType = None,

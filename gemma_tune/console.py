@@ -24,8 +24,17 @@ PIPE_WIDTH = 120
 SHOWN_PROBLEMS = 20
 """Findings that are printed in full; the rest is counted."""
 
-TOKEN = re.compile(r"\b(hf_|wandb_v\d+_)[A-Za-z0-9_]{16,}")
-"""What an access token of the Hugging Face hub or of W&B looks like."""
+TOKEN = re.compile(
+    r"\b(hf_(?=\w{16})|wandb_v\d+_(?=\w{16})"
+    r"|sk-(?=[A-Za-z0-9]{20})|sk-(?:proj|svcacct|admin|ant|or)-(?=[\w-]{20})"
+    r"|gh[pousr]_(?=[A-Za-z0-9]{20})|github_pat_(?=\w{22})"
+    r"|A[KS]IA(?=[A-Z0-9]{16}\b)|AIza(?=[\w-]{35}))[\w-]+",
+    re.ASCII,
+)
+"""What access tokens look like: the Hugging Face hub, W&B, OpenAI and those alike, GitHub, AWS and Google.
+
+Group 1 is the kind, which may be shown.
+"""
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 """Environment variables whose value must never be printed."""

@@ -32,6 +32,7 @@ def make_run(
     family = text_only(FAMILIES[name]) if only_text else FAMILIES[name]
     model = load_base({"name": str(base), "dtype": "float32", "text_only": only_text}, quantization or {}, family)
     keywords = {"target_modules": family.lora_targets["all-linear"], "r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(seed)  # PEFT draws A
     adapted = attach(model, keywords | lora, family)
     for key, parameter in adapted.named_parameters():
         if ".lora_B." in key:

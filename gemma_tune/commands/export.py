@@ -20,7 +20,7 @@ def run(
     out: str | None,
     base: Literal["original", "dequantized"],
     dtype: str | None,
-    quantize: str,
+    quantize: str | None,
     verify: bool,
     adapter: str | None,
     shares: Sequence[float],
@@ -33,7 +33,7 @@ def run(
         format: `safetensors`, `gguf`, `lora-gguf`, `ollama` or `adapter`.
         out: folder to make; by default in the run, named after the format.
         base, dtype, adapter, shares, base_path: as in `commands.merge.run`.
-        quantize: type of a GGUF file.
+        quantize: type of a GGUF file; None is q8_0.
         verify: let it answer prompts, and compare.
     """
     from gemma_tune.commands.train import quieten
@@ -42,12 +42,12 @@ def run(
 
     quieten()
     subject = find_subject(targets, shares=shares, adapter=adapter, base=base_path)
-    kind = quantize.lower()
-    order = Order(format, base, dtype, kind, verify)
-    name = f"{format}-{kind}" if format in ("gguf", "ollama") else format
+    order = Order(format, base, dtype, quantize.lower() if quantize else None, verify)
+    order.check()
+    name = f"{format}-{order.type}" if format in ("gguf", "ollama") else format
     if base == "dequantized":
         name += "-dequantized"
-    return export(subject, Path(out) if out else None, name, order)
+    return export(subject, Path(out).expanduser() if out else None, name, order)
 
 
 def export(subject: Subject, out: Path | None, name: str, order: Order) -> int:
@@ -91,7 +91,7 @@ def _proof_lines(proof: Proof) -> Iterator[str]:
         f"{exact.largest_logit:.2g} (allowed {exact.limit:.1g}; the largest logit is {exact.scale:.0f}), "
         f"KL {exact.mean_kl:.1g} nats a token, over {exact.positions} positions"
     )
-    if proof.dtype != "float32":
+    if file != exact:
         yield (
             f"rounded to {proof.dtype}: KL {file.mean_kl:.2g} nats a token on average, {file.largest_kl:.2g} at most; "
             f"the first choice is the same at {file.same_choice:.1%} of the positions"

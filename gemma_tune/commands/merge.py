@@ -41,4 +41,4 @@ def run(
             "there is no adapter to merge: this is a whole model", where=subject.target, fix="see: gemma-tune export -h"
         )
     name = "merged" if base == "original" else "merged-dequantized"
-    return export(subject, Path(out) if out else None, name, Order("safetensors", base, dtype))
+    return export(subject, Path(out).expanduser() if out else None, name, Order("safetensors", base, dtype))

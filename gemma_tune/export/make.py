@@ -22,10 +22,10 @@ from gemma_tune.export.merge import (
     write_surroundings,
     write_tokenizer,
 )
-from gemma_tune.export.papers import Kind, base_of, make_papers, write_papers
+from gemma_tune.export.papers import Kind, base_of, change_of, make_papers, presentable, write_papers
 from gemma_tune.export.proof import Proof, check_proof, loaded_reference, prompt_rows, prove
 from gemma_tune.export.subject import Subject
-from gemma_tune.export.updates import adapter_names
+from gemma_tune.export.updates import Updates, adapter_names
 from gemma_tune.export.verify import (
     LlamaSpeaker,
     Reference,
@@ -56,15 +56,35 @@ class Order:
         format: see `Format`.
         base: into which base adapters are merged.
         dtype: type of a safetensors file; None keeps the base's.
-        quantize: type of a GGUF file, e.g. `q8_0`, `q4_k_m`.
+        quantize: type of a GGUF file, e.g. `q4_k_m`; None is `q8_0`.
         verify: let the artefact answer prompts, and compare with base + adapter.
     """
 
     format: Format
     base: Base = "original"
     dtype: str | None = None
-    quantize: str = "q8_0"
+    quantize: str | None = None
     verify: bool = False
+
+    @property
+    def type(self) -> str:
+        """Of a GGUF file."""
+        return self.quantize or "q8_0"
+
+    def check(self) -> None:
+        """Refuse what would do nothing in this format.
+
+        Raises:
+            UserError: it would.
+        """
+        whole, gguf = self.format == "safetensors", self.format in ("gguf", "ollama")
+        for set_, used, option in (
+            (self.dtype, whole, "--dtype"),
+            (self.quantize, gguf, "--quantize"),
+            (self.base == "dequantized", whole or gguf, "--base dequantized"),
+        ):
+            if set_ and not used:
+                raise UserError(f"it does nothing in --format {self.format}", where=option, fix=f"leave {option} out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +133,7 @@ def make(subject: Subject, folder: Path, order: Order) -> Result:
         "lora-gguf": _lora_gguf,
         "adapter": _adapter,
     }
+    order.check()
     result = makers[order.format](subject, folder, order)
     for found in result.verified:
         check_verification(found, subject.target)
@@ -191,8 +212,8 @@ def _heard(reference: Reference, model: Any, subject: Subject, artefact: str, ki
 
 
 def _gguf(subject: Subject, folder: Path, order: Order) -> Result:
-    name = f"{subject.name}-{order.quantize.upper()}.gguf"
-    notes = _write_gguf(subject, folder / name, order.base, order.quantize)
+    name = f"{subject.name}-{order.type.upper()}.gguf"
+    proof, notes = _write_gguf(subject, folder / name, order)
     write_tokenizer(subject, folder)  # transformers rebuilds no tokenizer of Gemma 2 from a GGUF
     kind: Kind = "gguf"
     if order.format == "ollama":
@@ -204,19 +225,24 @@ def _gguf(subject: Subject, folder: Path, order: Order) -> Result:
         )
         write_modelfile(folder, name, subject.family, licence=licence)
     verified = _verify_gguf(subject, folder / name, order) if order.verify else ()
-    return Result(kind, None, verified, name, notes)
+    return Result(kind, proof, verified, name, notes)
 
 
-def _write_gguf(subject: Subject, file: Path, base: Base, quantize: str) -> tuple[str, ...]:
+def _write_gguf(subject: Subject, file: Path, order: Order) -> tuple[Proof | None, tuple[str, ...]]:
     from gemma_tune.export.llama import QUANTS, llama_cpp
 
+    quantize = order.type
     if quantize not in (*OWN_TYPES, *QUANTS):
         known = ", ".join(dict.fromkeys((*OWN_TYPES, *QUANTS)))
         raise UserError(f"unknown type '{quantize}'", where="--quantize", fix=f"use one of {known}")
     own = quantize in OWN_TYPES
     if not own:
         llama_cpp()  # missing is said before the work
-    files, weights = merged_weights(subject, base)
+    files, weights = merged_weights(subject, order.base)
+    proof = None
+    if subject.adapters:
+        proof = prove(subject, order.base, weights, None, _rows(subject))
+        check_proof(proof, subject.target)
     written = file if own else file.with_name(".f32.gguf")
     kind: Any = quantize if own else "f32"
     found = write_gguf(
@@ -227,6 +253,7 @@ def _write_gguf(subject: Subject, file: Path, base: Base, quantize: str) -> tupl
         family=subject.family,
         kind=kind,
         about=_about(subject),
+        tied=weights.tied,
     )
     if not own:
         from gemma_tune.export.llama import quantize as requantise
@@ -234,8 +261,8 @@ def _write_gguf(subject: Subject, file: Path, base: Base, quantize: str) -> tupl
         requantise(written, file, quantize)
         written.unlink()
     if found.left_out:
-        return (f"{found.left_out} tensors of image and audio towers are not in the GGUF: it is text only",)
-    return ()
+        return proof, (f"{found.left_out} tensors of image and audio towers are not in the GGUF: it is text only",)
+    return proof, ()
 
 
 def _verify_gguf(subject: Subject, file: Path, order: Order) -> tuple[Verification, ...]:
@@ -255,11 +282,11 @@ def _verify_gguf(subject: Subject, file: Path, order: Order) -> tuple[Verificati
     found: list[Verification] = []
     if read:
         model = open_with_transformers(file, {"dtype": "float32"})[0]
-        found.append(_heard(reference, model, subject, file.name, order.quantize))
+        found.append(_heard(reference, model, subject, file.name, order.type))
     if has_llama_cpp():
         with open_gguf(file) as opened:
             found.append(
-                verify(reference, LlamaSpeaker(opened), artefact=file.name, engine="llama.cpp", kind=order.quantize)
+                verify(reference, LlamaSpeaker(opened), artefact=file.name, engine="llama.cpp", kind=order.type)
             )
     return tuple(found)
 
@@ -273,6 +300,7 @@ def _lora_gguf(subject: Subject, folder: Path, order: Order) -> Result:
         )
     name = f"{subject.name}-lora.gguf"
     one = subject.adapters[0]
+    Updates(subject.adapters, CheckpointFiles(subject.source.path))  # refuses what does not fit the base
     write_lora_gguf(
         one.folder,
         subject.source.path,
@@ -330,14 +358,24 @@ def _adapter(subject: Subject, folder: Path, order: Order) -> Result:
 
 
 def _about(subject: Subject) -> dict[str, Any]:
-    """`general.*` of a GGUF file: name, licence and base (ggml, docs/gguf.md)."""
+    """`general.*` of a GGUF file (ggml, docs/gguf.md): name, base, and what its licence wants to be said in every copy.
+
+    A GGUF file is handed on by itself, without the papers beside it.
+    """
+    texts = licences.make_papers(subject.family.licence, change_of(subject))
+    policy = (
+        f" See also the Gemma Prohibited Use Policy: {licences.POLICY}" if subject.family.licence == "gemma" else ""
+    )
     about: dict[str, Any] = {
         "name": subject.name,
+        "description": presentable(" ".join(texts[licences.NOTICE_FILE].split()) + policy),
         "license": subject.family.licence,
         "license_link": f"https://{licences.TERMS if subject.family.licence == 'gemma' else licences.APACHE}",
     }
     base = licences.hub_id(base_of(subject))
-    if base is not None:
+    if base is None:
+        about["base_models"] = [{"name": licences.shown_base(base_of(subject))}]
+    else:
         organisation, _, name = base.partition("/")
         repository = f"https://huggingface.co/{base}"
         about["base_models"] = [{"name": name, "organization": organisation, "repo_url": repository}]

@@ -179,6 +179,8 @@ def merged_weights(subject: Subject, base: Base) -> tuple[CheckpointFiles, Merge
         UserError: an adapter does not fit, or `dequantized` is asked for and the run was not quantised.
     """
     files = CheckpointFiles(subject.source.path)
+    tied = is_tied(read_json(subject.source.path / "config.json"))
+    known = _check_complete(files, trained_config(subject), tied)
     weights: Weights = files
     if base == "dequantized":
         quantization = subject.planned("quantization")
@@ -191,7 +193,31 @@ def merged_weights(subject: Subject, base: Base) -> tuple[CheckpointFiles, Merge
         layers = quantised_layers(trained_config(subject), subject.trained, quantization)
         weights = Dequantized(files, quantization, subject.planned("model")["dtype"], layers)
     updates = Updates(subject.adapters, weights)
-    return files, Merged(weights, updates, tied=is_tied(read_json(subject.source.path / "config.json")))
+    if odd := sorted((updates.updated | updates.replaced) - known - {HEAD}):
+        raise UserError(
+            f"the adapter changes {odd[0]}, which this model does not use",
+            where=subject.target,
+            fix="use the base that it was trained on",
+        )
+    return files, Merged(weights, updates, tied)
+
+
+def _check_complete(files: CheckpointFiles, config: Any, tied: bool) -> frozenset[str]:
+    """Core names of what the text decoder of a config is made of.
+
+    Raises:
+        UserError: the files lack some of it.
+    """
+    model = empty_model(config.get_text_config())
+    known = frozenset(map(core_name, model.state_dict())) - ({HEAD} if tied else set())
+    missing = sorted(known - set(map(core_name, files.names())))
+    if missing:
+        raise UserError(
+            f"{len(missing)} tensors are missing in the weights and would be random, e.g. {missing[0]}",
+            where=str(files.folder),
+            fix="fetch the complete model",
+        )
+    return known
 
 
 def trained_config(subject: Subject) -> Any:

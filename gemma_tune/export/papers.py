@@ -27,11 +27,21 @@ Kind = Literal["adapter", "merged", "gguf", "lora-gguf", "ollama"]
 
 PAPERS = (CARD, licences.NOTICE_FILE, licences.LICENCE_FILE)
 
-# A path that begins at the root or at a drive. In quotes it may hold blanks; a URL's slashes follow a word or a colon.
-_QUOTED = re.compile(r"""(?P<quote>["'])(?P<path>(?:/|[A-Za-z]:\\)[^"'\n]+)(?P=quote)""")
-_BARE = re.compile(
-    r"(?<![\w.:/~<*-])(?:/|[A-Za-z]:\\)(?:[^\s/\\,;'\"`(){}\[\]|<>]+[/\\])+(?P<last>[^\s/\\,;'\"`(){}\[\]|<>]*)"
+# Where a path of a machine begins: a file's address, a drive, a share, the home folder, a folder above, or the root.
+# The slashes of other addresses follow a word or a colon and come in twos.
+_BEGINS = (
+    r"(?:file:/+|[A-Za-z]:[/\\]+|(?<![^\s\"'`=:,(\[{|])\\{2,}(?=[A-Za-z0-9][\w.$-]*\\)|~\w*/+"
+    r"|(?:[\w.-]+/)*\.\./+|(?<!:)/+|(?<=:)/(?!/))"
 )
+_PART = r"[^\s/\\,;'\"`(){}\[\]|<>]"
+# In quotes a path may hold blanks, and so it may as a whole value of YAML or a whole cell of a table.
+_QUOTED = re.compile(rf"""(?P<quote>["'`])(?P<key>[\w.]+=)?(?P<path>{_BEGINS}[^"'`\n]+)(?P=quote)""")
+_VALUE = re.compile(
+    rf"(?P<before>(?:^|[{{,])[ \t]*(?:- +)*[\w.-]+: +|^[ \t]*(?:- +)+|\| )"
+    rf"(?P<path>{_BEGINS}(?:{_PART}|[/\\])+(?: +(?!#)(?:{_PART}|[/\\])+)+)(?=[ \t]*(?:[,}}\]|]| #|$))",
+    re.MULTILINE,
+)
+_BARE = re.compile(rf"(?<![\w./~<*-]){_BEGINS}(?:{_PART}+[/\\]+)+(?P<last>{_PART}*)")
 
 
 def write_papers(folder: Path, subject: Subject, *, kind: Kind, facts: Mapping[str, Any]) -> None:
@@ -50,11 +60,18 @@ def write_papers(folder: Path, subject: Subject, *, kind: Kind, facts: Mapping[s
 
 def make_papers(subject: Subject, *, kind: Kind, facts: Mapping[str, Any]) -> dict[str, str]:
     """File name -> text, as `write_papers` writes them. The recipe is read from the run folder."""
+    origin = origin_of(subject)
     rates = any(is_reward_model(one.folder) for one in subject.adapters)
     change = change_of(subject)
     texts = licences.make_papers(subject.family.licence, change)
     texts[CARD] = make_card(
-        subject, kind=kind, facts=facts, change=change, recipe=_recipe_of(subject.run_folder), rates=rates
+        subject,
+        kind=kind,
+        facts=facts,
+        origin=origin,
+        change=change,
+        recipe=_recipe_of(subject.run_folder),
+        rates=rates,
     )
     return {name: presentable(text) for name, text in texts.items()}
 
@@ -74,30 +91,54 @@ def recorded_subject(run_folder: Path) -> Subject:
             f"this run is not finished: its status is {run.get('status')}", where=where, fix="let it finish"
         )
     family = FAMILIES.get(str(run.get("family")))
-    name = run.get("model", {}).get("name")
-    if family is None or not isinstance(name, str):
+    model = recorded_model(run, where)
+    if family is None or not model:
         raise UserError("run.json does not say what was trained", where=where, fix="use the version that made the run")
     adapters = (SavedAdapter(result, 1.0),) if result.name == "adapter" else ()
-    source = ModelSource(name, result, run["model"].get("revision"))
+    source = ModelSource(model["name"], result, model.get("revision"))
     return Subject(where, source, adapters, family, family, plan, run, run_folder)
 
 
 def base_of(subject: Subject) -> str:
     """The model that was changed, as the user named it; after a full fine-tune the subject's source is the result."""
-    return str(subject.run.get("model", {}).get("name") or subject.source.name)
+    return origin_of(subject).name
+
+
+def origin_of(subject: Subject) -> licences.Origin:
+    """The model that was changed, as its run recorded it, or else as it was found."""
+    model = recorded_model(subject.run, str(subject.run_folder or subject.target))
+    if model:
+        return licences.Origin(model["name"], model.get("revision"))
+    return licences.Origin(subject.source.name, subject.source.revision)
+
+
+def recorded_model(run: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """`model` of run.json, with a name, and a revision that is text or None; empty where it is not recorded.
+
+    Raises:
+        UserError: it is something else.
+    """
+    model = run.get("model")
+    if model is None:
+        return {}
+    fine = isinstance(model, Mapping) and isinstance(model.get("name"), str) and model["name"]
+    if not fine or not isinstance(model.get("revision"), str | None):
+        raise UserError("run.json does not say what was trained", where=where, fix="use the version that made the run")
+    return dict(model)
 
 
 def change_of(subject: Subject) -> str:
     """What was done to the base and when, e.g. `modified from google/gemma-3-1b-it by fine-tuning with gemma-tune on
     2026-04-01`.
 
-    The date is that of the training where a run tells it, and today's, said to be that of the export, where none does.
+    The date is that of the training where this is what a run ended with, and else today's, said to be that of the
+    export: when a checkpoint or a combination was made is not recorded.
     """
-    base = licences.shown_base(base_of(subject))
+    base = origin_of(subject).shown
     today = datetime.now(UTC).date().isoformat()
-    if trained_on := date_of(subject.run):
+    if subject.measured and (trained_on := date_of(subject.run)):
         return f"modified from {base} by fine-tuning with gemma-tune on {trained_on}"
-    if subject.adapters:
+    if subject.adapters or subject.run:
         return f"modified from {base} by fine-tuning; these files were written with gemma-tune on {today}"
     return f"converted from {base} with gemma-tune on {today}"
 
@@ -111,7 +152,10 @@ def date_of(run: Mapping[str, Any]) -> str | None:
 
 def presentable(text: str) -> str:
     """`text` without secrets, and with every path of this machine cut to its last name."""
-    text = _QUOTED.sub(lambda found: f"{found['quote']}{_cut(found['path'])}{found['quote']}", redact(text))
+    text = _QUOTED.sub(
+        lambda found: f"{found['quote']}{found['key'] or ''}{_cut(found['path'])}{found['quote']}", redact(text)
+    )
+    text = _VALUE.sub(lambda found: f"{found['before']}{_cut(found['path'])}", text)
     return _BARE.sub(lambda found: f".../{found['last']}", text)
 
 

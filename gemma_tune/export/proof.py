@@ -9,6 +9,7 @@ A layer's weights are in memory only while it works (accelerate's hooks), so tha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from gemma_tune.gemma.chat import Encoder, render_prompt
 from gemma_tune.gemma.conversation import Conversation, Message
 from gemma_tune.gemma.families import Family
 from gemma_tune.models.load import load_base
-from gemma_tune.models.lora import add_saved, open_adapter
+from gemma_tune.models.lora import CONFIG, add_saved, open_adapter
 from gemma_tune.models.reference import quiet_transformers
 from gemma_tune.models.remedies import is_tower
 from gemma_tune.models.roles import TRAINED, belongs, speak_as, tuner_layers
@@ -147,25 +148,29 @@ class Proof:
         return asdict(self) | {"limit": self.arithmetic.limit, "rounding_limit": ROUNDING, "prompts": len(PROMPTS)}
 
 
-def prove(subject: Subject, base: Base, merged: Weights, written: Weights, rows: Sequence[Sequence[int]]) -> Proof:
+def prove(
+    subject: Subject, base: Base, merged: Weights, written: Weights | None, rows: Sequence[Sequence[int]]
+) -> Proof:
     """Compare the weights of a merge, and the file made of them, with the adapter on its base.
 
     Args:
         subject: base and adapters.
         base: what was merged into.
         merged: the weights before they were rounded to the type of the file.
-        written: what was written.
+        written: what was written; None where that is no safetensors, and is opened by others.
         rows: token ids, e.g. of `prompt_rows`.
     """
     config = trained_config(subject)
     pad = subject.family.pad_id
     reference = logits_of(reference_model(subject, base), rows, pad)
-    file = compare(reference, logits_of(lazy_model(config, written, subject.family), rows, pad))
-    dtype = str(next(written.dtype(name) for name in written.names())).removeprefix("torch.")
-    if dtype == "float32":
-        return Proof(file, file, base, dtype)
     arithmetic = compare(reference, logits_of(lazy_model(config, merged, subject.family), rows, pad))
-    return Proof(arithmetic, file, base, dtype)
+    if written is None:
+        return Proof(arithmetic, arithmetic, base, "float32")
+    types = {str(written.dtype(name)) for name in written.names() if written.dtype(name).is_floating_point}
+    dtype = ", ".join(sorted(one.removeprefix("torch.") for one in types))
+    return Proof(
+        arithmetic, compare(reference, logits_of(lazy_model(config, written, subject.family), rows, pad)), base, dtype
+    )
 
 
 def check_proof(proof: Proof, where: str) -> None:
@@ -175,11 +180,12 @@ def check_proof(proof: Proof, where: str) -> None:
         GemmaTuneError: the arithmetic differs.
         UserError: rounding to the type of the file costs too much.
     """
-    if not proof.arithmetic.largest_logit <= proof.arithmetic.limit:  # NaN is refused too
+    for found in (proof.arithmetic, proof.file) if proof.dtype == "float32" else (proof.arithmetic,):
+        if found.largest_logit <= found.limit:
+            continue  # NaN is not
         raise GemmaTuneError(
-            f"the merged model is not the adapter: logits differ by up to {proof.arithmetic.largest_logit:.2g} in fp32 "
-            f"(allowed: {proof.arithmetic.limit:.1g}), KL {proof.arithmetic.mean_kl:.2g} nats a token; "
-            "nothing was written",
+            f"the merged model is not the adapter: logits differ by up to {found.largest_logit:.2g} in fp32 "
+            f"(allowed: {found.limit:.1g}), KL {found.mean_kl:.2g} nats a token; nothing was written",
             where=where,
             fix="report it, with adapter_config.json: this is a bug, or PEFT has changed",
         )
@@ -209,13 +215,40 @@ def reference_model(subject: Subject, base: Base) -> Any:
     saved: dict[str, Mapping[str, torch.Tensor]] = {}
     for number, one in enumerate(subject.adapters):
         name, folder = _name_of(number), str(one.folder)
-        if number == 0:
-            model = PeftModel.from_pretrained(model, folder, adapter_name=name, low_cpu_mem_usage=True)
-        else:
-            model.load_adapter(folder, name, low_cpu_mem_usage=True)
         saved[name] = load_peft_weights(folder, device="cpu")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what PEFT would warn of is an error below
+                if number == 0:
+                    model = PeftModel.from_pretrained(model, folder, adapter_name=name, low_cpu_mem_usage=True)
+                else:
+                    model.load_adapter(folder, name, low_cpu_mem_usage=True)
+        except (ValueError, TypeError, RuntimeError, KeyError) as exc:
+            raise UserError(
+                f"PEFT cannot put it on its base: {str(exc).splitlines()[0][:200]}",
+                where=folder,
+                fix="its config and its tensors belong to different adapters: copy it again",
+            ) from exc
+        _check_pairs(model, name, saved[name], folder)
     _combine(model, subject)
     return _hook(model.eval(), _WithAdapters(plain, saved), subject.family)
+
+
+def _check_pairs(model: Any, name: str, saved: Mapping[str, torch.Tensor], folder: str) -> None:
+    """What PEFT makes of the config is what the file holds: neither more nor less."""
+    wanted = {_saved_name(key, name, saved) for key, _ in model.named_parameters() if belongs(key, name)}
+    if odd := sorted(wanted ^ saved.keys()):
+        raise UserError(
+            f"{len(odd)} tensors of the adapter do not pair with its {CONFIG}, e.g. {odd[0]}",
+            where=folder,
+            fix="copy the adapter again; names of another class or prefix match nothing",
+        )
+
+
+def _saved_name(parameter: str, adapter: str, saved: Mapping[str, torch.Tensor]) -> str:
+    """What PEFT calls a parameter of an adapter in its file (peft 0.21, utils/save_and_load.py)."""
+    short = parameter.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
+    return short if short in saved else short.removesuffix(".weight") if "magnitude" in short else short
 
 
 def _name_of(number: int) -> str:
@@ -347,8 +380,7 @@ class _WithAdapters(Mapping[str, "torch.Tensor"]):
     def __getitem__(self, name: str) -> torch.Tensor:
         for adapter, tensors in self._saved.items():
             if belongs(name, adapter):
-                short = name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
-                return tensors[short if short in tensors else short.removesuffix(".weight")].float()
+                return tensors[_saved_name(name, adapter, tensors)].float()
         return self._base[name.replace(".base_layer.", ".").replace(".original_module.", ".")]
 
     def __iter__(self) -> Iterator[str]:

@@ -16,6 +16,7 @@ SGLang cannot be told where to stop: that goes into each request.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -76,14 +77,17 @@ def _adapter(folder: Path, subject: Subject) -> Iterator[tuple[str, list[str]]]:
     if rank is None or not _is_served(config, subject):
         return
     named = f"{_name(folder, subject)}={folder}"
+    # vLLM splits at `=` and at `,`, but takes JSON as well (vllm/entrypoints/openai/cli_args.py, LoRAParserAction).
+    odd = set("=,") & set(str(folder))
+    as_json = json.dumps({"name": _name(folder, subject), "path": str(folder)}, ensure_ascii=False)
     where, revision = _place(subject.source)
     at = ["--revision", revision] if revision else []
     template = ["--chat-template", str(folder / _TEMPLATE)] if (folder / _TEMPLATE).is_file() else []
     stops = ["--generation-config", str(folder)] if (folder / "generation_config.json").is_file() else []
-    lora = ["--enable-lora", "--lora-modules", named, "--max-lora-rank", str(rank)]
+    lora = ["--enable-lora", "--lora-modules", as_json if odd else named, "--max-lora-rank", str(rank)]
     yield "vLLM", ["vllm", "serve", where, *at, *lora, *template, *stops]
     server = ["python", "-m", "sglang.launch_server", "--model-path", where, *at]
-    if isinstance(config.get("target_modules"), str):
+    if odd or isinstance(config.get("target_modules"), str):
         return  # a pattern, as a run has it: SGLang raises (sglang/srt/lora/utils.py)
     label = f'SGLang (with "stop_token_ids": {list(subject.trained.stop_ids)} in each request)'
     yield label, [*server, "--enable-lora", "--lora-paths", named, *template]

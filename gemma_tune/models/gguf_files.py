@@ -49,7 +49,7 @@ def find_gguf(target: str | Path) -> Path | None:
         UserError: there are several.
     """
     path = Path(target).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return path
     loadable = ("config.json", "adapter_config.json", "plan.json", "adapter", "model")
     if not path.is_dir() or any((path / name).exists() for name in loadable) or any(path.glob("*.safetensors")):
@@ -130,7 +130,7 @@ def read_header(file: Path) -> Header:
     try:
         with file.open("rb") as handle:
             header = _read(handle, size)
-    except (struct.error, UnicodeDecodeError, KeyError, ValueError) as exc:
+    except (struct.error, UnicodeDecodeError, KeyError, ValueError, TypeError, ZeroDivisionError) as exc:
         raise _damaged(file, f"no GGUF file, or its beginning is damaged ({size:,} bytes)") from exc
     if size < header.size:
         raise _damaged(file, f"cut: it has {size:,} of {header.size:,} bytes")
@@ -188,6 +188,8 @@ def _read(handle: BinaryIO, size: int) -> Header:
         kind = number("I")
         ends.append(number("Q") + _bytes(shape, kind))
     alignment = int(facts.get("general.alignment", 32))
+    if "split.count" in facts:
+        facts["split.count"] = int(facts["split.count"])
     start = -(-handle.tell() // alignment) * alignment
     return Header({key: found for key, found in facts.items() if found is not None}, start + max(ends))
 

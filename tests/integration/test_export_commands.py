@@ -96,9 +96,32 @@ def test_every_format_is_verified_and_has_its_papers(
         assert main(["chat", str(tmp_path / "out"), "--prompt", "Hello", "--max-new-tokens", "3"]) == 0
 
 
-def test_a_lora_gguf_alone(run: Path, tmp_path: Path) -> None:
-    assert main(["export", str(run), "--format", "lora-gguf", "--out", str(tmp_path / "out")]) == 0
+def test_a_lora_gguf_alone(run: Path, tiny: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    words = ["export", str(run), "--format", "lora-gguf", "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 0
     assert names(tmp_path / "out") == PAPERS | {"run-lora.gguf", "export.json"}
+    capsys.readouterr()
+    smaller = str(tiny("gemma3_text", intermediate_size=64))
+    assert main([*words, str(tmp_path / "other"), "--base-path", smaller]) == 2
+    assert "in the adapter and" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["gguf", "lora-gguf", "ollama"])
+def test_a_gguf_says_by_itself_what_its_licence_wants_to_be_said(format: str, run: Path, tmp_path: Path) -> None:
+    """It is handed on without the papers beside it."""
+    from gemma_tune.gemma.licences import GEMMA_NOTICE, POLICY, TERMS
+    from gemma_tune.models.gguf_files import read_header
+
+    assert main(["export", str(run), "--format", format, "--out", str(tmp_path / "out")]) == 0
+    facts = read_header(next((tmp_path / "out").glob("*.gguf"))).facts
+    assert facts["general.license"] == "gemma" and TERMS in facts["general.license.link"]
+    said = facts["general.description"]
+    assert said.startswith(GEMMA_NOTICE) and "modified from base (a local folder) by fine-tuning" in said
+    assert POLICY in said and str(tmp_path) not in said
+    assert facts["general.base_model.0.name"] == "base (a local folder)"
+    if format == "ollama":
+        modelfile = (tmp_path / "out" / "Modelfile").read_text()
+        assert GEMMA_NOTICE in modelfile and POLICY in modelfile
 
 
 def test_a_wrong_gguf_is_refused(
@@ -258,6 +281,136 @@ def test_a_name_that_is_taken(run: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["merge", str(run), "--out", str(tmp_path / "out")]) == 2
     assert "it exists already" in capsys.readouterr().err
     assert names(tmp_path / "out") == {"mine.txt"}
+
+
+def change_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+FIRST = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda found: {k: v for k, v in found.items() if k != FIRST + "A.weight"}, "is not complete"),
+        (
+            lambda found: {k: v for k, v in found.items() if not k.startswith(FIRST)},
+            "do not pair with its adapter_config",
+        ),
+        (
+            lambda found: found | {"base_model.model.model.norm.weight": torch.ones(64)},
+            "do not pair with its adapter_c",
+        ),
+        (lambda found: found | {FIRST + "A.weight": torch.ones(64)}, "is no pair of matrices"),
+        (
+            lambda found: found | {"base_model.model.model.embed_tokens.token_adapter.x": torch.ones(2)},
+            "of a kind that",
+        ),
+    ],
+)
+@pytest.mark.parametrize("words", [["merge"], ["export", "--format", "gguf", "--quantize", "f32"]])
+def test_tensors_that_its_config_does_not_make(
+    words: list[str], change: Any, said: str, run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    change_tensors(run / "adapter" / "adapter_model.safetensors", change)
+    assert said in refused(capsys, tmp_path / "out", words[0], str(run), *words[1:])
+
+
+@pytest.mark.parametrize("changes", [{"r": 7}, {"r": None}, {"layers_to_transform": [0]}])
+def test_a_config_of_another_adapter(changes: dict[str, Any], run: Path, tmp_path: Path, capsys: Any) -> None:
+    change_json(run / "adapter" / "adapter_config.json", **changes)
+    said = refused(capsys, tmp_path / "out", "merge", str(run))
+    assert "do not pair" in said or "PEFT cannot put it on its base" in said
+
+
+def test_a_base_that_is_not_complete(run: Path, tmp_path: Path, capsys: Any) -> None:
+    change_tensors(
+        tmp_path / "base" / "model.safetensors",
+        lambda found: {k: v for k, v in found.items() if k != "model.norm.weight"},
+    )
+    assert "1 tensors are missing in the weights" in refused(capsys, tmp_path / "out", "merge", str(run))
+
+
+def test_a_head_that_is_neither_tied_nor_there(run: Path, tmp_path: Path, capsys: Any) -> None:
+    change_json(tmp_path / "base" / "config.json", tie_word_embeddings=False)
+    said = refused(capsys, tmp_path / "out", "merge", str(run))
+    assert "1 tensors are missing in the weights" in said and "lm_head.weight" in said
+
+
+@pytest.mark.parametrize("place", ["ABSOLUTE", "../elsewhere.safetensors"])
+def test_an_index_that_leads_elsewhere(place: str, run: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "elsewhere.safetensors"
+    (tmp_path / "base" / "model.safetensors").rename(file)
+    before = file.read_bytes()
+    place = str(file) if place == "ABSOLUTE" else place
+    index = {"weight_map": dict.fromkeys(load_file(file), place)}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "which lies elsewhere" in refused(capsys, tmp_path / "out", "merge", str(run))
+    assert file.read_bytes() == before
+
+
+def test_two_sets_of_weights(run: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copy(tmp_path / "base" / "model.safetensors", tmp_path / "base" / "model-00001-of-00001.safetensors")
+    index = {
+        "weight_map": dict.fromkeys(
+            load_file(tmp_path / "base" / "model.safetensors"), "model-00001-of-00001.safetensors"
+        )
+    }
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "transformers reads the first" in refused(capsys, tmp_path / "out", "merge", str(run))
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["safetensors", "--quantize", "q8_0"], "--quantize"),
+        (["gguf", "--dtype", "float32"], "--dtype"),
+        (["adapter", "--base", "dequantized"], "--base dequantized"),
+        (["lora-gguf", "--quantize", "f16"], "--quantize"),
+    ],
+)
+def test_options_that_would_do_nothing(words: list[str], option: str, run: Path, tmp_path: Path, capsys: Any) -> None:
+    said = refused(capsys, tmp_path / "out", "export", str(run), "--format", *words)
+    assert f"{option}: it does nothing in --format {words[0]}" in said
+
+
+def test_a_head_that_was_trained_apart_is_in_the_gguf(tiny: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    make_run(
+        model_for_gguf(tiny("gemma3_text"), tmp_path / "base"),
+        tmp_path / "run",
+        "gemma3_text",
+        modules_to_save=["lm_head"],
+    )
+    words = ["export", str(tmp_path / "run"), "--format", "gguf", "--quantize", "f32", "--verify"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "8 of 8 prompts" in capsys.readouterr().out
+
+
+def test_weights_that_leave_the_numbers(run: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["merge", str(run), "--weights", "1e38", "--out", str(tmp_path / "out")]) != 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_to_another_disk_stays_a_link(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert main(["merge", str(run), "--dtype", "float32", "--out", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "config.json").is_file()
+
+
+def test_a_base_of_several_types_is_no_wrong_merge(run: Path, tmp_path: Path, capsys: Any) -> None:
+    change_tensors(
+        tmp_path / "base" / "model.safetensors",
+        lambda found: {k: v if "embed" in k else v.bfloat16() for k, v in found.items()},
+    )
+    code = main(["merge", str(run), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert code == 0 or "rounding the merged weights to bfloat16, float32" in said.err
 
 
 # --- full disks, kills

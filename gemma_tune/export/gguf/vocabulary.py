@@ -119,14 +119,27 @@ def _order(merges: list[tuple[str, str]], where: str) -> dict[str, int]:
     return order
 
 
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+_NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
+# Gemma 3 splits at blanks, of which the normalizer has left none; Gemma 1 and 2 do not split.
+_PRE_TOKENIZERS = (
+    None,
+    {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+)
+
+
 def _check_kind(document: Mapping[str, Any], where: str) -> None:
-    model = document["model"]
-    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
+    model = document.get("model")
     if (
-        model.get("type") != "BPE"
+        not isinstance(model, dict)
+        or not isinstance(document.get("added_tokens"), list)
+        or not isinstance(model.get("vocab"), dict)
+        or not isinstance(model.get("merges"), list)
+        or model.get("type") != "BPE"
         or not model.get("byte_fallback")
-        or model.get("ignore_merges")
-        or document.get("normalizer") != normalizer
+        or any(model.get(key) for key in ("ignore_merges", "dropout", *_AFFIXES))
+        or document.get("normalizer") != _NORMALIZER
+        or document.get("pre_tokenizer") not in _PRE_TOKENIZERS
     ):
         raise UserError("this tokenizer.json is not of Gemma's kind: BPE with bytes as fallback", where=where, fix=_FIX)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ def write_gguf(
     family: Family,
     kind: Kind,
     about: Mapping[str, Any],
+    tied: bool | None = None,
 ) -> Written:
     """Write the text decoder of a model, with its tokenizer, template and stop ids.
 
@@ -71,6 +72,7 @@ def write_gguf(
         family: the row of the checkpoint.
         kind: type of the matrices. Vectors are F32 in all of them.
         about: see `ABOUT`.
+        tied: whether the head is the embedding; None: as config.json says. An adapter may have trained them apart.
 
     Raises:
         UserError: llama.cpp would not compute what the model does, or not find its tokens; a tensor is missing or not
@@ -79,6 +81,8 @@ def write_gguf(
     """
     check_gguf()
     decoder = read_decoder(model, family)
+    if tied is not None:
+        decoder = replace(decoder, tied=tied)
     names = gguf_names(weights.names(), decoder, str(model))
     vocabulary = read_vocabulary(tokenizer, _rows(weights, names), family)
     with writing(file, decoder) as writer:

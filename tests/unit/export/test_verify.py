@@ -82,6 +82,9 @@ def test_fewer_bits_are_reported_only() -> None:
 def test_kl_of_vectors_of_two_lengths() -> None:
     assert kl_of(torch.tensor([0.0, -1000.0]), torch.tensor([0.0])) == 0
     assert kl_of(FIRST.numpy(), FIRST) == 0
+    assert math.isnan(kl_of(FIRST, FIRST * math.nan))
+    nowhere = compare([torch.ones(2, 3)], [torch.ones(2, 3) * math.nan])
+    assert math.isnan(nowhere.largest_logit) and math.isnan(nowhere.mean_kl) and math.isnan(nowhere.largest_kl)
 
 
 def test_differences_of_logits() -> None:
