@@ -22,7 +22,7 @@ from gemma_tune.export.merge import (
     write_surroundings,
     write_tokenizer,
 )
-from gemma_tune.export.papers import Kind, base_of, change_of, make_papers, presentable, write_papers
+from gemma_tune.export.papers import Kind, change_of, make_papers, origin_of, presentable, write_papers
 from gemma_tune.export.proof import Proof, check_proof, loaded_reference, prompt_rows, prove
 from gemma_tune.export.subject import Subject
 from gemma_tune.export.updates import Updates, adapter_names
@@ -148,11 +148,12 @@ def _record(subject: Subject, order: Order, result: Result) -> dict[str, Any]:
         {"name": name, "weight": one.weight, "content": provenance.fingerprint(one.folder)}
         for name, one in zip(adapter_names(subject.adapters), subject.adapters, strict=True)
     ]
+    origin = origin_of(subject)
     return {
         "format": order.format,
         "base": {
-            "name": licences.shown_base(base_of(subject)),
-            "revision": subject.source.revision or provenance.fingerprint(subject.source.path),
+            "name": origin.shown,
+            "revision": origin.revision or provenance.fingerprint(subject.source.path),
             "merged_into": order.base if subject.adapters and order.format not in ("adapter", "lora-gguf") else None,
         },
         "adapters": adapters,
@@ -372,11 +373,11 @@ def _about(subject: Subject) -> dict[str, Any]:
         "license": subject.family.licence,
         "license_link": f"https://{licences.TERMS if subject.family.licence == 'gemma' else licences.APACHE}",
     }
-    base = licences.hub_id(base_of(subject))
-    if base is None:
-        about["base_models"] = [{"name": licences.shown_base(base_of(subject))}]
+    origin = origin_of(subject)
+    if origin.hub is None:
+        about["base_models"] = [{"name": origin.shown}]
     else:
-        organisation, _, name = base.partition("/")
-        repository = f"https://huggingface.co/{base}"
+        organisation, _, name = origin.hub.partition("/")
+        repository = f"https://huggingface.co/{origin.hub}"
         about["base_models"] = [{"name": name, "organization": organisation, "repo_url": repository}]
     return about

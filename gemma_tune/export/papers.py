@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from gemma_tune.errors import UserError
 from gemma_tune.export.card import make_card
-from gemma_tune.export.subject import SavedAdapter, Subject
+from gemma_tune.export.subject import SavedAdapter, Subject, recorded_model
 from gemma_tune.gemma import licences
 from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.models.card import CARD
@@ -99,32 +99,12 @@ def recorded_subject(run_folder: Path) -> Subject:
     return Subject(where, source, adapters, family, family, plan, run, run_folder)
 
 
-def base_of(subject: Subject) -> str:
-    """The model that was changed, as the user named it; after a full fine-tune the subject's source is the result."""
-    return origin_of(subject).name
-
-
 def origin_of(subject: Subject) -> licences.Origin:
     """The model that was changed, as its run recorded it, or else as it was found."""
     model = recorded_model(subject.run, str(subject.run_folder or subject.target))
     if model:
         return licences.Origin(model["name"], model.get("revision"))
     return licences.Origin(subject.source.name, subject.source.revision)
-
-
-def recorded_model(run: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """`model` of run.json, with a name, and a revision that is text or None; empty where it is not recorded.
-
-    Raises:
-        UserError: it is something else.
-    """
-    model = run.get("model")
-    if model is None:
-        return {}
-    fine = isinstance(model, Mapping) and isinstance(model.get("name"), str) and model["name"]
-    if not fine or not isinstance(model.get("revision"), str | None):
-        raise UserError("run.json does not say what was trained", where=where, fix="use the version that made the run")
-    return dict(model)
 
 
 def change_of(subject: Subject) -> str:

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
 from gemma_tune.errors import AccessError, UserError
+from gemma_tune.export.make import RECORD
 from gemma_tune.export.papers import PAPERS
 from gemma_tune.export.weights import INDEX, CheckpointFiles, header_of
 from gemma_tune.gemma import licences
+from gemma_tune.models.gguf_files import read_header
+from gemma_tune.models.lora import WEIGHTS
 from gemma_tune.plan import hub
-from gemma_tune.plan.facts import ADAPTER_FILE
+from gemma_tune.plan.facts import ADAPTER_FILE, read_json
+from gemma_tune.plan.starts import REWARD_HEAD
 from gemma_tune.train.provenance import redact
 
 if TYPE_CHECKING:
@@ -44,7 +48,7 @@ _LEAVES = (
     "processor_config.json",
     "reward_stats.json",
     "Modelfile",
-    "export.json",  # what was merged, and what its proof found
+    RECORD,
 )
 """All that is ever uploaded, by name."""
 
@@ -52,7 +56,6 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _OF_CHECKPOINTS = ("checkpoint-*", "optimizer.*", "scheduler.*", "rng_state*", "trainer_state.json", "training_args.*")
 _UNFINISHED = (".*.staging", ".staging-*", "*.new", "*.part", "*.incomplete")
 _NAMES_A_BASE = {ADAPTER_FILE: "base_model_name_or_path", "config.json": "_name_or_path", "reward_stats.json": "base"}
-_HEAD_OF_GGUF = b"GGUF"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
@@ -144,13 +147,11 @@ def collect(folder: Path, papers: Mapping[str, str]) -> dict[str, Path | bytes]:
         raise UserError("there is no such folder", where=str(folder), fix="give a run, or what merge or export wrote")
     names = sorted(path.name for path in folder.iterdir())
     _check_names(folder, names)
-    chosen = [
-        name for name in names if any(fnmatch(name, allowed) for allowed in _LEAVES) and (folder / name).is_file()
-    ]
+    chosen = [name for name in names if _leaves(name) and (folder / name).is_file()]
     _check_weights(folder, chosen)
-    if missing := [name for name in PAPERS if name not in chosen and name not in papers]:
+    if missing := [name for name in PAPERS if name not in papers and not (name in chosen and _says(folder / name))]:
         raise UserError(
-            f"missing, and asked for by the licence or the hub: {', '.join(missing)}",
+            f"missing or empty, and asked for by the licence or the hub: {', '.join(missing)}",
             where=str(folder),
             fix="push the run itself, or make the folder with gemma-tune merge or gemma-tune export, which write them",
         )
@@ -158,13 +159,22 @@ def collect(folder: Path, papers: Mapping[str, str]) -> dict[str, Path | bytes]:
         console.note(f"left out, as no part of a model: {', '.join(left)}")
     contents: dict[str, Path | bytes] = {name: folder / name for name in chosen}
     contents |= {name: text.encode() for name, text in papers.items()}
+    revision = _recorded_revision(folder)
     for name, key in _NAMES_A_BASE.items():
-        if name in contents and (changed := _without_path(folder / name, key)) is not None:
-            console.note(f"{name} names a base on this machine: it goes up with the last part of the path only")
+        if name in contents and (changed := _with_public_base(folder / name, key, revision)) is not None:
             contents[name] = changed
     for name, content in contents.items():
         _check_secrets(name, content, folder)
     return contents
+
+
+def _leaves(name: str) -> bool:
+    """A hidden file is something that a program left behind, whatever its name ends with."""
+    return not name.startswith(".") and any(fnmatch(name, allowed) for allowed in _LEAVES)
+
+
+def _says(file: Path) -> bool:
+    return bool(file.read_bytes().strip())
 
 
 def _check_names(folder: Path, names: list[str]) -> None:
@@ -189,34 +199,81 @@ def _check_names(folder: Path, names: list[str]) -> None:
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:
-    """The weights are there, and whole as far as their headers tell."""
+    """One adapter, one model or GGUF files, with what is needed to open it, and whole as far as headers tell."""
     weights = [name for name in names if any(fnmatch(name, one) for one in _WEIGHTS)]
     if not weights:
         raise UserError(
             "there are no weights in it", where=str(folder), fix="give a run, or what merge or export wrote"
         )
-    if "config.json" in names and ADAPTER_FILE not in names and any(name.endswith(".safetensors") for name in weights):
-        CheckpointFiles(folder)
+    of_model = [name for name in weights if name.endswith(".safetensors") and name not in (WEIGHTS, REWARD_HEAD)]
+    if of_model and (mixed := [name for name in (WEIGHTS, ADAPTER_FILE) if name in names]):
+        raise UserError(
+            f"it holds a model ({of_model[0]}) and an adapter ({mixed[0]}): whoever opens it gets one of them",
+            where=str(folder),
+            fix="push them to two repositories, from two folders",
+        )
+    _check_companion(folder, names, (WEIGHTS, ADAPTER_FILE))
+    if REWARD_HEAD in names:
+        _check_companion(folder, names, (REWARD_HEAD, WEIGHTS))
+    if of_model:
+        _check_companion(folder, names, (of_model[0], "config.json"))
+        shards = CheckpointFiles(folder).shards()
+        if stray := [name for name in of_model if name not in shards]:
+            raise UserError(
+                f"{', '.join(stray)} belongs to another model than {shards[0]}",
+                where=str(folder),
+                fix="remove what is old, or make the folder again",
+            )
     for name in weights:
-        file = folder / name
         if name.endswith(".safetensors"):
-            header_of(file)
-            continue
-        with file.open("rb") as handle:
-            if handle.read(len(_HEAD_OF_GGUF)) != _HEAD_OF_GGUF:
-                raise UserError("this is no GGUF file", where=str(file), fix="make it again with gemma-tune export")
+            header_of(folder / name)
+        else:
+            read_header(folder / name)
 
 
-def _without_path(file: Path, key: str) -> bytes | None:
-    """A JSON file whose base is a path, with the last part of that path; None where it is no path."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError("not valid JSON", where=str(file), fix="make the folder again") from None
+def _check_companion(folder: Path, names: list[str], pair: tuple[str, str]) -> None:
+    """Where there is one of a pair, there are both."""
+    there, missing = [name for name in pair if name in names], [name for name in pair if name not in names]
+    if there and missing:
+        raise UserError(
+            f"{missing[0]} is missing, without which {there[0]} cannot be opened",
+            where=str(folder),
+            fix="push the run itself, or make the folder again",
+        )
+
+
+def _recorded_revision(folder: Path) -> str | None:
+    """The base's, as an export or the run that this folder is in recorded it; None where nothing did."""
+
+    def recorded(file: Path, key: str) -> tuple[str, str] | None:
+        said = read_json(file).get(key) if file.is_file() else None
+        found = (said.get("name"), said.get("revision")) if isinstance(said, Mapping) else (None, None)
+        return (str(found[0]), found[1]) if isinstance(found[1], str) else None
+
+    exported = recorded(folder / RECORD, "base")
+    if exported and licences.hub_id(exported[0]) is None:  # an export says `gemma (a local folder)` of a folder
+        return exported[1]
+    in_run = folder.absolute().name in ("adapter", "model")
+    trained = recorded(folder.absolute().parent / "run.json", "model") if in_run else None
+    return trained[1] if trained else None
+
+
+def _with_public_base(file: Path, key: str, revision: str | None) -> bytes | None:
+    """A JSON file with a base that means something elsewhere; None where it names such a one already.
+
+    Of a path the last part is kept. PEFT and transformers know no packaged weights: the repository these came from is
+    named in their place, and the card says what was trained.
+    """
+    content = dict(read_json(file))
     base = content.get(key)
-    if not isinstance(base, str) or not base or base.startswith("pypi:") or licences.hub_id(base):
+    if not isinstance(base, str) or not base or licences.hub_id(base, revision) == base:
         return None
-    content[key] = licences.last_name(base)
+    if base in licences.BASE_OF_PACKAGE:
+        content[key] = licences.BASE_OF_PACKAGE[base]
+        console.note(f"{file.name} names the base {base}: it goes up with {content[key]}, which these weights are of")
+    else:
+        content[key] = licences.last_name(base)
+        console.note(f"{file.name} names a base on this machine: it goes up with the last part of the path only")
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 

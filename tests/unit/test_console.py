@@ -83,7 +83,31 @@ def test_the_values_of_secret_variables_are_masked(variable: str, monkeypatch: p
     assert console.masked("now") == "now"
 
 
-@pytest.mark.parametrize("harmless", ["hf_hub", "hf_xet", "HF_TOKEN", "google/gemma-3-1b-it", "hf_short123"])
+@pytest.mark.parametrize(
+    ("kind", "rest"),
+    [
+        ("hf_", "aB3" * 11),
+        ("wandb_v1_", "aB3_" * 11),
+        ("sk-", "aB3" * 16),
+        ("sk-proj-", "aB3-_" * 12),
+        ("sk-ant-", "api03-aB3-" * 5),
+        ("ghp_", "aB3" * 12),
+        ("github_pat_", "aB3" * 8 + "_" + "aB3" * 16),
+        ("AKIA", "IOSFODNN7EXAMPLE"),
+        ("AIza", "aB3-_" * 7),
+    ],
+)
+def test_the_tokens_of_services_are_masked(kind: str, rest: str) -> None:
+    assert console.masked(f'key: "{kind}{rest}"') == f'key: "{kind}***"'
+    assert console.masked(f"url?key={kind}{rest}&n=1") == f"url?key={kind}***&n=1"
+
+
+HARMLESS = ["hf_hub", "hf_xet", "HF_TOKEN", "google/gemma-3-1b-it", "hf_short123"]
+HARMLESS += ["sk-learn", "task-specific-instructions-for-models", "sk-learn-pipelines-of-many-words", "AKIA", "ghp_x"]
+HARMLESS += ["AKIAS-AND-OTHER-CAPITALS", "AKIAIOSFODNN7EXAMPLESOMEWHATLONGER"]
+
+
+@pytest.mark.parametrize("harmless", HARMLESS)
 def test_harmless_words_are_not_masked(harmless: str) -> None:
     assert console.masked(harmless) == harmless
 

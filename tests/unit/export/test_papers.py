@@ -283,10 +283,89 @@ def test_a_reward_model_is_loaded_as_one(tmp_path: Path) -> None:
 
 
 def test_a_run_without_held_out_rows_says_so(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", results={"tuned": {}, "steps": 3})
+    data = {"report": {"documents": 9, "held_out": 0}}
+    run = make_run(tmp_path / "run", results={"tuned": {}, "steps": 3}, data=data)
     card = make_papers(recorded_subject(run), kind="adapter", facts={})["README.md"]
-    assert "nothing was evaluated" in card
+    assert "No rows were held out: nothing was evaluated." in card
     assert "model-index" not in front_of(card)
+
+
+def test_rows_held_out_by_a_run_that_did_not_finish(tmp_path: Path) -> None:
+    finished = recorded_subject(make_run(tmp_path / "run", results={"base": {"loss": 4.5}}))
+    failed = replace(finished, run=dict(finished.run) | {"status": "failed"})
+    card = make_papers(failed, kind="adapter", facts={})["README.md"]
+    assert "| held out | 40 |" in card
+    assert "- 40 rows were held out, and not evaluated: the run did not finish." in card
+    assert "No rows" not in card
+    assert (
+        "- 40 rows were held out, and not evaluated.\n" in make_papers(finished, kind="adapter", facts={})["README.md"]
+    )
+
+
+def not_as_it_ended(subject: Subject, said: str) -> str:
+    """The card of something that the run's figures are not of."""
+    papers = make_papers(subject, kind="adapter", facts={})
+    card = papers["README.md"]
+    assert f"## Evaluation\n\n{said} was not evaluated.\n" in card
+    assert "model-index" not in front_of(card)
+    for figure in ("| steps |", "| perplexity |", "held-out rows", "2026-03-04", "figures are those of both"):
+        assert figure not in card, figure
+    assert "2026-03-04" not in papers["NOTICE"]
+    assert "modified from google/gemma-3-1b-it by fine-tuning" in papers["NOTICE"]
+    assert "| lora.r | 16 |" in card
+    return card
+
+
+def test_a_checkpoint_has_no_figures_of_its_run(tmp_path: Path) -> None:
+    subject = recorded_subject(make_run(tmp_path / "run"))
+    checkpoint = replace(subject, adapters=(SavedAdapter(tmp_path / "run" / "checkpoint-40", 1.0),))
+    said = "This state of the model (`checkpoint-40`), which is not what its run ended with,"
+    assert "has the weight" not in not_as_it_ended(checkpoint, said)
+    whole = ModelSource("run", tmp_path / "run" / "checkpoint-40", None)
+    not_as_it_ended(replace(subject, adapters=(), source=whole), said)
+
+
+def test_a_scaled_or_combined_adapter_has_no_figures_of_its_run(tmp_path: Path) -> None:
+    subject = recorded_subject(make_run(tmp_path / "run"))
+    own = subject.adapters[0].folder
+    half = replace(subject, adapters=(SavedAdapter(own, 0.5),))
+    assert "Its adapter has the weight 0.5." in not_as_it_ended(half, "This adapter, scaled by 0.5,")
+    two = replace(subject, adapters=(SavedAdapter(own, 1.0), SavedAdapter(tmp_path, 0.25)))
+    card = not_as_it_ended(two, "This combination with the weights 1, 0.25")
+    assert "It combines 2 adapters with the weights 1, 0.25." in card
+    assert "This, the data and the recipe are of the first adapter's run." in card
+
+
+def test_figures_are_of_the_files_only_where_they_were_measured_of_them(tmp_path: Path) -> None:
+    quantised = recorded_subject(make_run(tmp_path / "run"))
+    plain = replace(quantised, plan={key: part for key, part in quantised.plan.items() if key != "quantization"})
+    whole = replace(quantised, adapters=(), source=ModelSource("run", tmp_path / "run" / "model", None))
+
+    def has_index(subject: Subject, kind: Any, base: str | None = None) -> bool:
+        facts = {"proof of the merge": {"base": base}} if base else {}
+        card = make_papers(subject, kind=kind, facts=facts)["README.md"]
+        assert "| perplexity | 90 | 12.2 |" in card
+        index = "model-index" in front_of(card)
+        assert ("(as it ran, before the export)" in card) is not index
+        return index
+
+    assert has_index(quantised, "adapter")
+    assert has_index(plain, "merged", "original")
+    assert has_index(quantised, "merged", "dequantized")
+    assert has_index(whole, "merged")
+    assert not has_index(quantised, "merged", "original")
+    for kind in ("gguf", "ollama", "lora-gguf"):
+        assert not has_index(plain, kind)
+    assert not has_index(replace(plain, plan={}), "merged")  # nothing tells how it was trained
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_figure_that_is_no_number_is_in_no_metadata(broken: float, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", results={"tuned": {"loss": broken, "token_accuracy": 0.5, "rows": 4}})
+    card = make_papers(recorded_subject(run), kind="adapter", facts={})["README.md"]
+    metrics = front_of(card)["model-index"][0]["results"][0]["metrics"]
+    assert [metric["type"] for metric in metrics] == ["token_accuracy"]
+    assert f"| loss, nats a token |  | {broken} |" in card  # where people read it is said
 
 
 def test_a_full_fine_tune_names_its_base_and_not_itself(tmp_path: Path) -> None:
@@ -318,11 +397,43 @@ def test_what_is_no_finished_run(tmp_path: Path) -> None:
         recorded_subject(make_run(tmp_path / "strange", family="gemma9"))
 
 
+@pytest.mark.parametrize("model", ["x", None, ["x"], {}, {"name": 3}, {"name": "a/b", "revision": 3}])
+def test_a_run_that_does_not_say_its_base(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not say what was trained"):
+        recorded_subject(make_run(tmp_path / "run", model=model))
+    good = recorded_subject(make_run(tmp_path / "good"))
+    if model is not None:  # the base is found without the run
+        with pytest.raises(UserError, match="does not say what was trained"):
+            make_papers(replace(good, run=dict(good.run) | {"model": model}), kind="adapter", facts={})
+
+
+def test_a_folder_that_is_gone_is_no_repository(tmp_path: Path) -> None:
+    model = {"name": "models/customer-x", "revision": "content-0123456789abcdef01234567"}
+    papers = make_papers(recorded_subject(make_run(tmp_path / "run", model=model)), kind="adapter", facts={})
+    card = papers["README.md"]
+    assert not {"base_model", "base_model_relation"} & set(front_of(card))
+    assert not any("models/customer-x" in text for text in papers.values())
+    assert "# LoRA adapter for customer-x (a local folder)" in card
+    assert 'from_pretrained("path/to/customer-x")' in card
+
+
+def test_data_sets_are_named_where_they_are_the_hubs_for_certain(tmp_path: Path) -> None:
+    subject = recorded_subject(make_run(tmp_path / "run"))
+    hub = {"name": "acme/open.v2", "split": "train"}
+    nothing = {"subset": None, "split": None, "revision": None}
+    sources = [{"name": "data/acme-contracts"} | nothing, hub, {"name": "english_quotes"}, {"name": "./a.py:f"}]
+    chosen = replace(subject, plan=dict(subject.plan) | {"data": {"sources": {"value": sources, "reason": ""}}})
+    card = make_papers(chosen, kind="adapter", facts={})["README.md"]
+    assert front_of(card)["datasets"] == ["Abirate/english_quotes", "acme/open.v2"]
+
+
 def test_bases_as_strangers_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)
     assert hub_id("google/gemma-3-1b-it") == "google/gemma-3-1b-it"
     assert hub_id("runs/base") is None  # looks like one, and is a folder here
+    assert hub_id("runs/gone", "content-0123456789abcdef01234567") is None
+    assert hub_id("runs/gone", "0123456789abcdef0123456789abcdef01234567") == "runs/gone"
     assert shown_base("runs/base") == "base (a local folder)"
     assert shown_base("/home/me/models/gemma/") == "gemma (a local folder)"
     assert last_name("C:\\models\\gemma") == "gemma"
