@@ -106,10 +106,11 @@ class Result:
             found["proof of the merge"] = {
                 "base": self.proof.base,
                 "largest_logit_difference_fp32": self.proof.arithmetic.largest_logit,
-                "dtype": self.proof.dtype,
-                "mean_kl_of_the_file": self.proof.file.mean_kl,
-                "positions": self.proof.file.positions,
+                "positions": self.proof.arithmetic.positions,
             }
+            if self.kind == "merged":  # else the proof is of the weights that went into a file of another kind
+                rounded = {"dtype": self.proof.dtype, "mean_kl_of_the_file": self.proof.file.mean_kl}
+                found["proof of the merge"] |= rounded
         return found | {f"verified with {engine}": figures for engine, figures in summary_of(self.verified).items()}
 
 

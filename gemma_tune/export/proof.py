@@ -225,7 +225,7 @@ def reference_model(subject: Subject, base: Base) -> Any:
                     model.load_adapter(folder, name, low_cpu_mem_usage=True)
         except (ValueError, TypeError, RuntimeError, KeyError) as exc:
             raise UserError(
-                f"PEFT cannot put it on its base: {str(exc).splitlines()[0][:200]}",
+                f"PEFT cannot put it on its base: {(str(exc).splitlines() or [type(exc).__name__])[0][:200]}",
                 where=folder,
                 fix="its config and its tensors belong to different adapters: copy it again",
             ) from exc
