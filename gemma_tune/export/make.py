@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gemma_tune import console
 from gemma_tune.errors import AccessError, UserError
@@ -38,13 +38,14 @@ from gemma_tune.export.verify import (
 )
 from gemma_tune.export.weights import CheckpointFiles
 from gemma_tune.gemma import licences
+from gemma_tune.models.card import CARD
 from gemma_tune.models.tokenizer import GemmaEncoder, open_tokenizer
 from gemma_tune.train import provenance
 
 Format = Literal["safetensors", "gguf", "lora-gguf", "ollama", "adapter"]
 RECORD = "export.json"
 """What was made of what, and what the proofs found: in every folder that merge or export writes."""
-OWN_TYPES = ("f32", "f16", "bf16", "q8_0")
+OWN_TYPES = get_args(GgufKind)
 """GGUF types that need no llama.cpp."""
 
 
@@ -222,9 +223,7 @@ def _gguf(subject: Subject, folder: Path, order: Order) -> Result:
         from gemma_tune.export.ollama import write_modelfile
 
         kind = "ollama"
-        licence = "\n\n".join(
-            text for file, text in make_papers(subject, kind=kind, facts={}).items() if file != "README.md"
-        )
+        licence = "\n\n".join(text for file, text in make_papers(subject, kind=kind, facts={}).items() if file != CARD)
         write_modelfile(folder, name, subject.family, licence=licence)
     verified = _verify_gguf(subject, folder / name, order) if order.verify else ()
     return Result(kind, proof, verified, name, notes)

@@ -7,6 +7,7 @@ prefixes, a tied head stays out of the files (vllm#15836, #3323). One tensor is 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -275,11 +276,8 @@ def _write_file(weights: Weights, names: Sequence[str], file: Path, dtype: str |
     types: dict[str, torch.dtype] = {}
     place = 0
     for name in names:
-        stored = weights.dtype(name)
-        types[name] = getattr(torch, dtype) if dtype and stored.is_floating_point else stored
-        size = types[name].itemsize
-        for length in weights.shape(name):
-            size *= length
+        types[name] = _written_type(weights, name, dtype)
+        size = types[name].itemsize * math.prod(weights.shape(name))
         header[name] = {
             "dtype": _TYPES[str(types[name]).removeprefix("torch.")],
             "shape": list(weights.shape(name)),
@@ -296,6 +294,14 @@ def _write_file(weights: Weights, names: Sequence[str], file: Path, dtype: str |
             _check_rounded(exact, tensor, name, file)
             handle.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return place
+
+
+def _written_type(weights: Weights, name: str, dtype: str | None) -> torch.dtype:
+    """The type that a tensor gets in the file: `dtype` where it holds floating-point numbers and one is asked for."""
+    import torch
+
+    stored = weights.dtype(name)
+    return getattr(torch, dtype) if dtype and stored.is_floating_point else stored
 
 
 def _check_rounded(exact: torch.Tensor, tensor: torch.Tensor, name: str, file: Path) -> None:
@@ -376,15 +382,9 @@ def check_room(weights: Weights, folder: Path, dtype: str | None) -> None:
     Raises:
         AccessError: fewer bytes are free than the tensors take.
     """
-    import torch
-
-    needed = 0
-    for name in weights.names():
-        stored = weights.dtype(name)
-        size = (getattr(torch, dtype) if dtype and stored.is_floating_point else stored).itemsize
-        for length in weights.shape(name):
-            size *= length
-        needed += size
+    needed = sum(
+        _written_type(weights, name, dtype).itemsize * math.prod(weights.shape(name)) for name in weights.names()
+    )
     place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -117,7 +117,8 @@ def find_subject(
             f"these adapters have different bases: {', '.join(names)}", where=", ".join(targets), fix="combine others"
         )
     first = saved[0]
-    if len({bool(one.section("model", "text_only").get("text_only")) for one in saved}) > 1:
+    only_text = {bool(one.section("model", "text_only").get("text_only")) for one in saved}
+    if len(only_text) > 1:
         raise UserError(
             "some of these adapters are for the text model alone (model.text_only), others are not",
             where=", ".join(targets),
@@ -131,13 +132,12 @@ def find_subject(
         if one.adapter is not None:
             _check_adapter(one.adapter)
             _check_base(_read(_run_of(place), "run.json"), read_json(one.adapter / CONFIG), source, str(one.adapter))
-    only_text = bool(first.section("model", "text_only").get("text_only"))
     adapters = tuple(
         SavedAdapter(one.adapter, share)
         for one, share in zip(saved, shares or [1.0] * len(saved), strict=True)
         if one.adapter is not None
     )
-    trained = text_only(family) if only_text else family
+    trained = text_only(family) if only_text == {True} else family
     return Subject(" ".join(targets), source, adapters, family, trained, first.plan, run, run_folder)
 
 

@@ -18,6 +18,7 @@ from gemma_tune.export.subject import SavedAdapter
 from gemma_tune.export.weights import Weights, header_of, refusing_damage
 from gemma_tune.models.lora import CONFIG, WEIGHTS
 from gemma_tune.plan.facts import read_json
+from gemma_tune.plan.starts import ALTER_THE_BASE
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +135,7 @@ class Adapter:
         self._whole[core_name(name)] = name
 
     def _check_parts(self, module: _Module) -> None:
-        missing = {"a": "lora_A", "b": "lora_B"}.keys() - module.parts.keys()
+        missing = {"a", "b"} - module.parts.keys()
         wanted = "magnitude" in module.parts or not self.config.get("use_dora")
         if missing or not wanted:
             raise UserError(
@@ -172,7 +173,7 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
     if config.get("fan_in_fan_out"):
         raise UserError("it is for transposed weights (fan_in_fan_out), which no Gemma has", where=where)
     altered = str(config.get("init_lora_weights")).lower()
-    if altered.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if altered.startswith(ALTER_THE_BASE):
         raise UserError(
             f"its base was altered when it began (init_lora_weights: {altered})",
             where=where,

@@ -28,7 +28,7 @@ _UNSUPPORTED = {
     "alpha_pattern": "its scales differ from layer to layer",
 }
 """Keys of adapter_config.json that must be empty -> what it means where they are not."""
-_ALTER_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+ALTER_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """What `init_lora_weights` begins with where PEFT changes the base's own weights before it puts the adapter on them."""
 _NOT_ADDED = {
     "use_dora": "it is DoRA",
@@ -207,7 +207,7 @@ def _checked_config(folder: Path, base: str) -> Mapping[str, Any]:
             raise _refused(f"{why} ({key})", where)
     if config.get("bias", "none") != "none":
         raise _refused("it holds biases beside its updates (bias)", where)
-    if str(config.get("init_lora_weights")).lower().startswith(_ALTER_THE_BASE):
+    if str(config.get("init_lora_weights")).lower().startswith(ALTER_THE_BASE):
         raise _refused("its base was altered when it began (init_lora_weights)", where)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{WEIGHTS} is missing", where=where, fix="copy the adapter again, all of its files")
