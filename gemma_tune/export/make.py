@@ -13,6 +13,7 @@ from gemma_tune import console
 from gemma_tune.errors import AccessError, UserError
 from gemma_tune.export.gguf.write import Kind as GgufKind
 from gemma_tune.export.gguf.write import write_gguf
+from gemma_tune.export.memory import return_freed_memory
 from gemma_tune.export.merge import (
     Base,
     check_room,
@@ -136,6 +137,7 @@ def make(subject: Subject, folder: Path, order: Order) -> Result:
         "adapter": _adapter,
     }
     order.check()
+    return_freed_memory()
     result = makers[order.format](subject, folder, order)
     for found in result.verified:
         check_verification(found, subject.target)
