@@ -43,7 +43,6 @@ _FIXED: dict[str, str] = {
 }
 _NO_REMOTE_CODE = "no code from a model folder is run"
 _OWN_LOOP = "the loop of PPO is ours, and has no use for it"
-_NO_SHARDS = "every process of PPO holds the whole base and all roles"
 _FIXED_OF_STAGE: dict[str, dict[str, str]] = {
     "sft": {"truncation_mode": _OWN_DATA, "trust_remote_code": _NO_REMOTE_CODE},
     "reward": {
@@ -82,10 +81,6 @@ _FIXED_OF_STAGE: dict[str, dict[str, str]] = {
         "dataloader_num_workers": _OWN_LOOP,
         "dataloader_drop_last": _OWN_LOOP,
         "accelerator_config": _OWN_LOOP,
-        "fsdp": _NO_SHARDS,
-        "fsdp_config": _NO_SHARDS,
-        "deepspeed": _NO_SHARDS,
-        "parallelism_config": _NO_SHARDS,
     },
 }
 

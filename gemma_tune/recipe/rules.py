@@ -268,6 +268,40 @@ def _dpo_loss(recipe: Recipe, place: Place) -> Iterator[Clash]:
         )
 
 
+def _sharding(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    """Keys of `distributed` that only sharding reads, and stages that cannot be sharded."""
+    asked, written = recipe.distributed, recipe.distributed.model_fields_set
+    strategy = f"distributed.strategy: {asked.strategy} ({place('distributed.strategy')})"
+    if asked.strategy == "ddp":
+        for key in ("checkpoint", "offload", "reshard_after_forward"):
+            if key in written and getattr(asked, key) != type(asked).model_fields[key].default:
+                yield Clash(
+                    (f"distributed.{key}", "distributed.strategy"),
+                    f"distributed.{key} ({place(f'distributed.{key}')}) is for sharded weights, but with {strategy} "
+                    "every process holds the whole model",
+                    f"remove distributed.{key}, or set distributed.strategy: fsdp2",
+                )
+    if asked.replicas is not None and asked.strategy != "hsdp":
+        yield Clash(
+            ("distributed.replicas", "distributed.strategy"),
+            f"distributed.replicas: {asked.replicas} ({place('distributed.replicas')}) is for groups that each hold the "
+            f"whole model, but there is {strategy}",
+            "set distributed.strategy: hsdp, or remove distributed.replicas",
+        )
+    if asked.strategy in ("fsdp2", "hsdp") and (why := NOT_SHARDED.get(recipe.stage)):
+        yield Clash(
+            ("distributed.strategy", "stage"),
+            f"{strategy}, but stage: {recipe.stage} ({place('stage')}) is not sharded: {why}",
+            "set distributed.strategy: ddp",
+        )
+
+
+NOT_SHARDED = {
+    "ppo": "its roles take turns on one base, and responses of different lengths would wait for each other's layers",
+    "kto": "its KL rows go through the policy outside the pass that gathers the layers",
+}
+"""Stages that do not run under FSDP -> why."""
+
 _RULES = (
     _adapter,
     _schedule,
@@ -281,6 +315,7 @@ _RULES = (
     _saved_adapter,
     _dpo_loss,
     _kto_batch,
+    _sharding,
     *PPO_RULES,
 )
 

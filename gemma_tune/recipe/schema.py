@@ -255,6 +255,26 @@ class Tracking(Section):
     """Optimizer steps between lines in metrics.jsonl."""
 
 
+class Distributed(Section):
+    """How processes share a run. Their number is the launcher's, and never changes what is computed."""
+
+    strategy: Literal["auto", "ddp", "fsdp2", "hsdp"] = "auto"
+    """`ddp`: every process holds the whole model. `fsdp2`: a part each, gathered layer by layer (arXiv 2304.11277).
+    `hsdp`: such groups, which hold the same. `auto`: what the launcher says, else ddp where it fits each GPU, else fsdp2."""
+    checkpoint: Literal["full", "sharded"] = "full"
+    """Checkpoints of fsdp2 and hsdp: one file, or a part from each process (torch.distributed.checkpoint). The result
+    of a run is one plain folder either way."""
+    offload: bool = False
+    """fsdp2 and hsdp: keep parameters in CPU memory between uses. Slow; for models that fit the GPUs in no other way."""
+    reshard_after_forward: bool = True
+    """fsdp2 and hsdp: drop a gathered layer after its forward pass and gather it again for the backward pass. `false`
+    saves that second gathering, and keeps the whole model on each GPU meanwhile."""
+    replicas: Count | None = None
+    """hsdp: groups of processes that each hold the whole model; by default the number of nodes."""
+    timeout: Annotated[Number, Field(gt=0)] = 30.0
+    """Minutes that processes wait for each other before they give up."""
+
+
 class Advanced(Section):
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Keywords handed verbatim to trl's SFTConfig, RewardConfig, DPOConfig or KTOConfig, in `ppo` to our PpoConfig, an
@@ -416,6 +436,7 @@ class Recipe(Section):
     samples: Samples = Samples()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
+    distributed: Distributed = Distributed()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random."""
     output: Annotated[str, AfterValidator(_from_home)] = Field(min_length=1)
