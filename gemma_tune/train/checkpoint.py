@@ -197,6 +197,16 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         Damaged: the manifest is missing or altered, or a file is missing, cut or altered.
     """
+    body = verify(folder)
+    return Checkpoint(folder, body["step"], body["identity"], body["progress"])
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """What `seal` wrote into the manifest of `folder`, once every file has been compared with it.
+
+    Raises:
+        Damaged: as `read`.
+    """
     path = folder / MANIFEST
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -210,7 +220,7 @@ def read(folder: Path) -> Checkpoint:
         raise Damaged(f"{MANIFEST} has format {body.get('format')!r}; this version reads {_FORMAT}")
     for name, expected in body["files"].items():
         _check_file(folder / name, name, expected)
-    return Checkpoint(folder, body["step"], body["identity"], body["progress"])
+    return body
 
 
 def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
