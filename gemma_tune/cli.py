@@ -14,6 +14,7 @@ import errno
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -48,6 +49,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes that come with gemma-tune.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
+data_app = typer.Typer(help="Data that is tokenised once, for many processes and runs.", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
 
 
 class Resume(Enum):
@@ -64,6 +67,21 @@ Resuming = Annotated[
     Resume, typer.Option(help="Go on from the newest good checkpoint: if there is one (auto), or fail (must).")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Accelerate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Start on all GPUs by this accelerate file, or the shipped one of this name: ddp, fsdp2, ...",
+        show_default=False,
+    ),
+]
+NumProcesses = Annotated[
+    int | None, typer.Option(min=1, help="Of all machines together. Default: a process for each GPU.")
+]
+NumMachines = Annotated[int | None, typer.Option(min=1, help="Default: what the scheduler says, else one.")]
+MachineRank = Annotated[int | None, typer.Option(min=0, help="Of this machine. Default: what the scheduler says.")]
+MainProcessIp = Annotated[str | None, typer.Option(help="Of the first machine. Default: what the scheduler says.")]
+MainProcessPort = Annotated[int | None, typer.Option(min=1, max=65535, help="Where the machines meet.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -84,47 +102,166 @@ def _root(
 
 @app.command(context_settings=OVERRIDES)
 def sft(
-    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Resuming = Resume.never,
+    accelerate: Accelerate = None,
+    num_processes: NumProcesses = None,
+    num_machines: NumMachines = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    main_process_port: MainProcessPort = None,
 ) -> Job:
     """Supervised fine-tuning: QLoRA, LoRA or full."""
-    return _training("sft", context, recipe, overrides, resume)
+    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
+    return _training("sft", context, recipe, overrides, resume, accelerate, company)
 
 
 @app.command(context_settings=OVERRIDES)
 def reward(
-    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Resuming = Resume.never,
+    accelerate: Accelerate = None,
+    num_processes: NumProcesses = None,
+    num_machines: NumMachines = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    main_process_port: MainProcessPort = None,
 ) -> Job:
     """A reward model from pairs of answers."""
-    return _training("reward", context, recipe, overrides, resume)
+    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
+    return _training("reward", context, recipe, overrides, resume, accelerate, company)
 
 
 @app.command(context_settings=OVERRIDES)
 def dpo(
-    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Resuming = Resume.never,
+    accelerate: Accelerate = None,
+    num_processes: NumProcesses = None,
+    num_machines: NumMachines = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    main_process_port: MainProcessPort = None,
 ) -> Job:
     """Direct preference optimisation from pairs of answers."""
-    return _training("dpo", context, recipe, overrides, resume)
+    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
+    return _training("dpo", context, recipe, overrides, resume, accelerate, company)
 
 
 @app.command(context_settings=OVERRIDES)
 def kto(
-    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Resuming = Resume.never,
+    accelerate: Accelerate = None,
+    num_processes: NumProcesses = None,
+    num_machines: NumMachines = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    main_process_port: MainProcessPort = None,
 ) -> Job:
     """KTO, from single answers that are judged good or bad."""
-    return _training("kto", context, recipe, overrides, resume)
+    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
+    return _training("kto", context, recipe, overrides, resume, accelerate, company)
 
 
 @app.command(context_settings=OVERRIDES)
 def ppo(
-    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, resume: Resuming = Resume.never
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Resuming = Resume.never,
+    accelerate: Accelerate = None,
+    num_processes: NumProcesses = None,
+    num_machines: NumMachines = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    main_process_port: MainProcessPort = None,
 ) -> Job:
     """PPO against a reward model or function, on one base."""
-    return _training("ppo", context, recipe, overrides, resume)
+    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
+    return _training("ppo", context, recipe, overrides, resume, accelerate, company)
 
 
-def _training(stage: str, context: typer.Context, recipe: str, overrides: Sequence[str] | None, resume: Resume) -> Job:
+def _training(
+    stage: str,
+    context: typer.Context,
+    recipe: str,
+    overrides: Sequence[str] | None,
+    resume: Resume,
+    accelerate: str | None,
+    company: Sequence[int | str | None],
+) -> Job:
     path, changes = split_recipe([recipe, *(overrides or ())], context)
-    return lambda: _command("train").run(stage, path, changes, resume.value)
+    if accelerate is None and all(item is None for item in company):
+        return lambda: _command("train").run(stage, path, changes, resume.value)
+    return lambda: _command("launch").start(stage, path, changes, resume.value, accelerate, company)
+
+
+class Template(Enum):
+    """Schedulers that job files are written for."""
+
+    slurm = "slurm"
+    kubeflow = "kubeflow"
+    skypilot = "skypilot"
+    ray = "ray"
+
+
+@app.command(context_settings=OVERRIDES)
+def launch(
+    context: typer.Context,
+    recipe: RecipeFile,
+    template: Annotated[Template, typer.Option(help="The scheduler.", show_default=False)],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each machine.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Their kind, as SkyPilot calls it.")] = "H100",
+    limit: Annotated[str, typer.Option("--time", help="Limit: D-HH:MM:SS, HH:MM:SS or minutes.")] = "1-00:00:00",
+    image: Annotated[
+        str | None, typer.Option(help="Container image with gemma-tune, for Kubeflow.", show_default=False)
+    ] = None,
+    volume: Annotated[
+        str | None, typer.Option(help="Shared storage: a claim for Kubeflow, a URI for SkyPilot.", show_default=False)
+    ] = None,
+    accelerate: Annotated[str, typer.Option(help="Accelerate file, or the name of a shipped one.")] = "ddp",
+    out: Annotated[str | None, typer.Option(help="File to write. Default: stdout.", show_default=False)] = None,
+) -> Job:
+    """Write a job file for SLURM, Kubeflow, SkyPilot or Ray.
+
+    The job starts the recipe on all GPUs of all machines, goes on where it was stopped, and is put back into the queue
+    when a signal stops it.
+    """
+    path, changes = split_recipe([recipe, *(overrides or ())], context)
+    order = (template.value, path, changes, nodes, gpus_per_node, gpu, limit, image, volume, accelerate)
+    return lambda: _command("launch").render(order, out)
+
+
+MeshText = Annotated[
+    str | None, typer.Option("--mesh", help="TPU chips: fsdp=4,tp=2. Default: all fsdp.", show_default=False)
+]
+
+
+@app.command(context_settings=OVERRIDES)
+def tpu(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    mesh: MeshText = None,
+    resume: Resuming = Resume.never,
+) -> Job:
+    """LoRA and QLoRA SFT on the TPUs of this host, with JAX.
+
+    In an environment of its own: make setup-tpu, then .venv-tpu/bin/gemma-tune tpu RECIPE.
+    """
+    path, changes = split_recipe([recipe, *(overrides or ())], context)
+    return lambda: _command("tpu").sft(path, changes, mesh, resume.value)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -321,6 +458,31 @@ def recipes_schema() -> Job:
     return lambda: _command("recipes").schema()
 
 
+PreparedRoot = Annotated[
+    str | None,
+    typer.Option("--out", help="Below this folder instead of the cache, e.g. on shared storage.", show_default=False),
+]
+
+
+@data_app.command("prepare", context_settings=OVERRIDES)
+def data_prepare(
+    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, out: PreparedRoot = None
+) -> Job:
+    """Tokenise a recipe's data once; its runs find it.
+
+    They find it by what it was made of: settings, tokenizer, contents of the files. Nothing is trained, no weight is
+    loaded, and no GPU is needed.
+    """
+    path, changes = split_recipe([recipe, *(overrides or ())], context)
+    return lambda: _command("data").prepare(path, changes, out)
+
+
+@data_app.command("list")
+def data_list(out: PreparedRoot = None) -> Job:
+    """List what is prepared, and where."""
+    return lambda: _command("data").list_(out)
+
+
 def _command(name: str) -> Any:
     return import_module(f"gemma_tune.commands.{name}")
 
@@ -347,7 +509,7 @@ def split_recipe(words: Sequence[str], context: typer.Context) -> tuple[str, lis
         else:
             overrides.append(word)
     if recipe is None:
-        raise UserError("no recipe is named", where="command line", fix=f"gemma-tune {context.info_name} RECIPE.yaml")
+        raise UserError("no recipe is named", where="command line", fix=f"{context.command_path} RECIPE.yaml")
     return recipe, overrides
 
 
@@ -379,7 +541,7 @@ def _refuse_misspelt_option(word: str, context: typer.Context) -> None:
 
 
 def _no_such_option(word: str, context: typer.Context) -> UserError:
-    return UserError(f"no such option: {word}", where="command line", fix=f"see: gemma-tune {context.info_name} --help")
+    return UserError(f"no such option: {word}", where="command line", fix=f"see: {context.command_path} --help")
 
 
 _ENVIRONMENT = {
@@ -426,8 +588,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _debug_traceback(debug)
         failure = _as_ours(error)
-        console.print_error(failure)
+        if not _left_to_the_launcher(failure):
+            console.print_error(failure)
         return failure.exit_code
+
+
+def _left_to_the_launcher(failure: GemmaTuneError) -> bool:
+    """One of several processes reports to who started it; ours prints the first of them, torchrun only that there are.
+
+    Called while the exception is being handled.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return False
+    from gemma_tune.launch.failure import report_failure
+    from gemma_tune.launch.world import ASKED
+
+    return report_failure(failure, os.environ, time.time()) and ASKED in os.environ
 
 
 def _debug_traceback(wanted: bool) -> None:

@@ -93,6 +93,13 @@ class DataReport:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> DataReport:
+        """The inverse of `to_json`."""
+        kinds = {"pairs": PairFigures, "judged": JudgedFigures, "prompts": PromptFigures}
+        figures = {name: kind(**found[name]) for name, kind in kinds.items() if found[name] is not None}
+        return cls(**{**found, "remarks": tuple(found["remarks"]), **figures})
+
     def lines(self) -> Iterator[str]:
         """For people, one fact a line."""
         for label, count in self.read.items():

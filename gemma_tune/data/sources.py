@@ -26,6 +26,8 @@ from gemma_tune.recipe.shipped import sample_file
 Wanted = Literal["examples", "preferences", "judged", "prompts"]
 """What a stage makes of its rows: conversations and documents (sft), pairs of answers (reward, dpo), judged answers
 (kto), which it makes of pairs as well, or prompts (ppo), which it makes of all but documents."""
+Place = Literal["function", "hub", "file"]
+"""What a source's name is: a function by its file, a set of the hub, or a data file."""
 Read = TypeVar("Read", bound=Callable[..., Example | Answered])
 
 
@@ -135,24 +137,37 @@ def open_source(source: Mapping[str, Any], *, wanted: Wanted = "examples", strea
     known = NAMED.get(name)
     if known and wanted not in ("prompts", known.holds) and (known.holds, wanted) != ("preferences", "judged"):
         raise _other_stage(known, wanted)
+    place, found_at = place_of(name)
+    if place == "function":
+        found = _called(load_user_function(name))
+    elif place == "hub":
+        found = _hub_rows(found_at, name, known.split if known else "train", source, wanted, streaming)
+    else:
+        _no_hub_keys(name, source)
+        found = read_file(found_at)
+    limit = source.get("limit")
+    return Opened(name, islice(found, limit) if limit else found, _reader(source, known, wanted))
+
+
+def place_of(name: str) -> tuple[Place, str]:
+    """Where the rows of source `name` are: a function's file, a hub id, or the path of a data file. Opens nothing.
+
+    Raises:
+        UserError: the name is no set, file, hub id or function.
+    """
     if re.match(r"https?://", name):
         raise UserError(f"{name!r} is an address", where="data.sources", fix="download the file and give its path")
     if is_function(name):
-        label, found = name, _called(load_user_function(name))
-    elif known:
-        label, found = name, _hub_rows(known.hub, name, known.split, source, wanted, streaming)
-    elif name.startswith("sample:"):
-        _no_hub_keys(name, source)
-        label, found = name, read_file(sample_file(name.removeprefix("sample:")))
-    elif suffix_of(name) or name.startswith((".", "/", "~")) or Path(name).exists():
-        _no_hub_keys(name, source)
-        label, found = name, read_file(name)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        label, found = name, _hub_rows(name, name, "train", source, wanted, streaming)
-    else:
-        raise _unknown(name)
-    limit = source.get("limit")
-    return Opened(label, islice(found, limit) if limit else found, _reader(source, known, wanted))
+        return "function", str(Path(name.partition(".py")[0] + ".py").expanduser())
+    if name in NAMED:
+        return "hub", NAMED[name].hub
+    if name.startswith("sample:"):
+        return "file", str(sample_file(name.removeprefix("sample:")))
+    if suffix_of(name) or name.startswith((".", "/", "~")) or Path(name).exists():
+        return "file", str(Path(name).expanduser())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return "hub", name
+    raise _unknown(name)
 
 
 def _reader(

@@ -106,14 +106,18 @@ class GemmaEncoder:
 
     The tokenizer itself is left as it is: this works on a copy of its backend in which every control token counts as
     special and special tokens are not looked for in text.
+
+    Attributes:
+        sha256: of all that decides about the ids.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
         from tokenizers import Tokenizer
 
         document = json.loads(tokenizer.backend_tokenizer.to_str())
-        document = protect_control_tokens(document, family.control_ids)
-        self._backend: Tokenizer = Tokenizer.from_str(json.dumps(document))
+        text = json.dumps(protect_control_tokens(document, family.control_ids))
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self._backend: Tokenizer = Tokenizer.from_str(text)
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -207,6 +207,18 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises:
         Damaged: as `read`.
     """
+    body = read_manifest(folder)
+    for name, expected in body["files"].items():
+        _check_file(folder / name, name, expected)
+    return body
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `seal` wrote into the manifest of `folder`; the files themselves are not looked at.
+
+    Raises:
+        Damaged: it is missing, altered, or of another version.
+    """
     path = folder / MANIFEST
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -218,9 +230,7 @@ def verify(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} was altered")
     if body.get("format") != _FORMAT:
         raise Damaged(f"{MANIFEST} has format {body.get('format')!r}; this version reads {_FORMAT}")
-    for name, expected in body["files"].items():
-        _check_file(folder / name, name, expected)
-    return body
+    return dict(body)
 
 
 def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:

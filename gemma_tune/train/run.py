@@ -21,8 +21,8 @@ from gemma_tune.errors import Aborted, Stopped, TrainingError, UserError
 from gemma_tune.gemma.families import FAMILIES, Family
 from gemma_tune.models.load import check_vocabulary, load_base
 from gemma_tune.models.lora import attach, begin_with
-from gemma_tune.models.reference import ModelSource, resolve
-from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
+from gemma_tune.models.reference import ModelSource
+from gemma_tune.models.tokenizer import GemmaEncoder
 from gemma_tune.plan.stages import least_micro
 from gemma_tune.plan.starts import adapter_folder
 from gemma_tune.plan.types import Plan
@@ -31,6 +31,7 @@ from gemma_tune.train import checkpoint, provenance
 from gemma_tune.train.callbacks import MetricsFile, ProgressDisplay, Rhythm, every_tenth, sample_rows
 from gemma_tune.train.evaluate import Answer, Prompt, answers, prompt_ids, sample_prompts, stop_rate
 from gemma_tune.train.identity import identity_of
+from gemma_tune.train.parts import fetch
 from gemma_tune.train.session import Resume, RunFolder, is_first_process
 from gemma_tune.train.signals import Signals
 from gemma_tune.train.tracking import WandbTracking
@@ -112,7 +113,7 @@ def run_plan(
     with Signals() as signals:
         folder.check()
         trainer_config(plan)  # what it refuses is refused before anything slow
-        materials = gather(plan)
+        materials = gather(plan, console)
         identity = identity_of(
             plan,
             fingerprint=materials.data.fingerprint,
@@ -157,19 +158,22 @@ def leave_together(plan: Plan) -> None:
         PartialState().destroy_process_group()
 
 
-def gather(plan: Plan) -> Materials:
-    """Tokenizer and data of `plan`, then its weights on disk: a mistake in the data costs no download of gigabytes."""
-    family = FAMILIES[plan.family]
-    chosen = plan.values("model")
-    other = chosen.get("tokenizer")
-    tokenizer = load_tokenizer(other or chosen["name"], None if other else chosen.get("revision"), family)
-    encoder = GemmaEncoder(tokenizer, family)
-    data = stage_of(plan).prepare(family, encoder, **plan.values("data"))
-    source = resolve(chosen["name"], chosen.get("revision"))
-    revision = source.revision or provenance.fingerprint(source.path)
+def gather(plan: Plan, console: Console) -> Materials:
+    """What `plan` is made from, on this disk; of several processes the first of each node fetches it (`parts`)."""
+    parts = fetch(plan, stage_of(plan).prepare, console)
+    revision = parts.source.revision or provenance.fingerprint(parts.source.path)
     start = start_of(plan)
     start_hash = provenance.fingerprint(adapter_folder(start["start"])) if start else None
-    return Materials(family, source, revision, tokenizer, encoder, data, start_hash, reward_hashes(plan))
+    return Materials(
+        FAMILIES[plan.family],
+        parts.source,
+        revision,
+        parts.tokenizer,
+        parts.encoder,
+        parts.data,
+        start_hash,
+        reward_hashes(plan),
+    )
 
 
 def start_of(plan: Plan) -> dict[str, Any]:
