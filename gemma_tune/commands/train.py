@@ -16,7 +16,7 @@ from gemma_tune.commands.figures import figures
 from gemma_tune.errors import UserError
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.plan.fit import require_fit
-from gemma_tune.plan.machine import named_machine, probe, world_size_of
+from gemma_tune.plan.machine import launch_of, named_machine, probe
 from gemma_tune.plan.memory import total
 from gemma_tune.plan.plan import make_plan
 from gemma_tune.plan.stages import unit
@@ -49,12 +49,7 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
 
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)
-    if read.stage != stage:
-        raise UserError(
-            f"this recipe is for gemma-tune {read.stage}: its stage is {read.stage}",
-            where=recipe,
-            fix=f"gemma-tune {read.stage} {shlex.quote(recipe)}",
-        )
+    check_stage(read.stage, stage, recipe)
     family, shape = model_facts(read.model.name, read.model.revision)
     start, rewards = start_of(read, family), rewards_of(read, family)
     from gemma_tune.models.remedies import import_bitsandbytes
@@ -62,8 +57,9 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
 
     first = is_first_process()
     RunFolder(read.output, resume=resume, writes=first).check()  # before anything slow: libraries, data and weights
-    here = named_machine(machine) if machine else probe(world_size_of(os.environ))
-    plan = make_plan(read, here, shape, family, start=start, rewards=rewards)
+    launch = launch_of(os.environ)
+    here = named_machine(machine) if machine else probe(launch.world_size, launch.nodes)
+    plan = make_plan(read, here, shape, family, start=start, rewards=rewards, launch=launch)
     require_fit(plan)
     if first:
         console.out(summary(plan))
@@ -80,6 +76,20 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
     if first:
         report(stage, results, Path(read.output))
     return 0
+
+
+def check_stage(written: str, stage: str, recipe: str) -> None:
+    """Refuse a recipe that is for another command.
+
+    Raises:
+        UserError: its stage is not the one of the command.
+    """
+    if written != stage:
+        raise UserError(
+            f"this recipe is for gemma-tune {written}: its stage is {written}",
+            where=recipe,
+            fix=f"gemma-tune {written} {shlex.quote(recipe)}",
+        )
 
 
 def summary(plan: Plan) -> str:

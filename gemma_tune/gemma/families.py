@@ -64,7 +64,8 @@ class Family:
         adapter_prefix: path of the decoder layers inside the model class.
         lora_targets: preset -> regular expression over whole module names. Matches the multimodal and the text-only
             class, and never a tower, a router or a per-layer-embedding projection.
-        decoder_layer: class name of a decoder layer (FSDP wrapping).
+        decoder_layer: class name of a decoder layer, which FSDP gathers one at a time.
+        tower_layers: class names of the layers of its towers, of those towers that every checkpoint of it has.
         norms_per_layer: RMS norms as wide as the hidden size in one decoder layer.
         qk_norm: whether queries and keys are normalised, with one learned vector of a head's size each.
         attention: attention implementations that are right for this generation, the default first.
@@ -107,6 +108,7 @@ class Family:
     adapter_prefix: str
     lora_targets: Mapping[str, str]
     decoder_layer: str
+    tower_layers: tuple[str, ...]
     norms_per_layer: int
     qk_norm: bool
     attention: tuple[str, ...]
@@ -234,6 +236,7 @@ _TEMPLATE_4 = {
 
 _TEXT_CLASS = {
     "text_model_type": None,
+    "tower_layers": (),
     "adapter_prefix": "model.layers",
     "accepts_loss_kwargs": True,
 }
@@ -352,7 +355,13 @@ FAMILIES: dict[str, Family] = {
         # modeling: Gemma3ForConditionalGeneration has no accepts_loss_kwargs = False (only its inner model has).
         _GEMMA3_TEXT
         | _MULTIMODAL_CLASS
-        | {"name": "gemma3", "label": "Gemma 3", "model_types": ("gemma3",), "text_model_type": "gemma3_text"},
+        | {
+            "name": "gemma3",
+            "label": "Gemma 3",
+            "model_types": ("gemma3",),
+            "text_model_type": "gemma3_text",
+            "tower_layers": ("SiglipEncoderLayer",),  # modeling (siglip): the others of _no_split_modules are not there
+        },
         _GEMMA3N_TEXT,
         _GEMMA3N_TEXT
         | _MULTIMODAL_CLASS
@@ -371,6 +380,8 @@ FAMILIES: dict[str, Family] = {
             "label": "Gemma 4",
             "model_types": ("gemma4",),
             "text_model_type": "gemma4_text",
+            # modeling: _no_split_modules names audio layers too, which only E2B and E4B have.
+            "tower_layers": ("Gemma4VisionEncoderLayer",),
             "accepts_loss_kwargs": False,  # modeling: Gemma4ForConditionalGeneration
         },
         _GEMMA4_UNIFIED_TEXT,

@@ -122,46 +122,70 @@ def layers_of(shape: Shape) -> Iterator[Layer]:
         )
 
 
-def count(shape: Shape) -> Parameters:
-    """Parameters by class; exact for the text decoder."""
-    family = FAMILIES[shape.family]
-    linear = norms = attention_lora = mlp_lora = 0
-    for layer in layers_of(shape):
-        queries, keys = shape.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        pairs = [(shape.hidden, queries), (queries, shape.hidden)]
-        pairs += [(shape.hidden, keys)] * (layer.has_k + layer.has_v)
-        linear += sum(a * b for a, b in pairs) + 3 * shape.hidden * layer.intermediate
-        attention_lora += sum(a + b for a, b in pairs)
-        mlp_lora += 3 * (shape.hidden + layer.intermediate)
-        norms += family.norms_per_layer * shape.hidden
-        norms += (1 + layer.has_k) * layer.head_dim if family.qk_norm else 0
-    norms += shape.hidden  # before the head
+@dataclass(frozen=True, slots=True)
+class LayerParameters:
+    """Numbers of parameters of one decoder layer, by class as in `Parameters`."""
+
+    linear: int
+    experts: int
+    norms_and_rest: int
+    lora_per_rank: Mapping[str, int]
+
+
+def layer_parameters(shape: Shape, layer: Layer) -> LayerParameters:
+    """Parameters of one decoder layer; exact."""
+    family, streams = FAMILIES[shape.family], shape.altup_inputs
+    queries, keys = shape.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    pairs = [(shape.hidden, queries), (queries, shape.hidden)]
+    pairs += [(shape.hidden, keys)] * (layer.has_k + layer.has_v)
+    linear = sum(a * b for a, b in pairs) + 3 * shape.hidden * layer.intermediate
+    norms = family.norms_per_layer * shape.hidden
+    norms += (1 + layer.has_k) * layer.head_dim if family.qk_norm else 0
     if shape.per_layer_dim:
-        # Per layer: a gate and a projection; once: the projection of the embedding into all layers.
-        linear += shape.layers * 3 * shape.hidden * shape.per_layer_dim
-        norms += shape.layers * shape.hidden + shape.per_layer_dim
+        # A gate and a projection of the per-layer embedding, and a norm.
+        linear += 2 * shape.hidden * shape.per_layer_dim
+        norms += shape.hidden
     if shape.experts:
         # Router: its projection, its scale and a scale an expert; three more norms beside the dense MLP's.
-        norms += shape.layers * (shape.hidden * shape.experts + shape.hidden + shape.experts + 3 * shape.hidden)
+        norms += shape.hidden * shape.experts + shape.hidden + shape.experts + 3 * shape.hidden
+    if streams:
+        # Gemma 3n: AltUp's maps, scale and norm, and Laurel.
+        norms += streams**2 + streams**3 + shape.hidden * streams + 2 * shape.hidden
+        norms += 2 * shape.hidden * shape.laurel_rank + shape.hidden
+    attention = sum(a + b for a, b in pairs)
+    mlp = 3 * (shape.hidden + layer.intermediate)
+    return LayerParameters(
+        linear=linear,
+        experts=shape.experts * 3 * shape.hidden * shape.expert_dim,
+        norms_and_rest=norms,
+        lora_per_rank={"all-linear": attention + mlp, "attention": attention, "mlp": mlp},
+    )
+
+
+def count(shape: Shape) -> Parameters:
+    """Parameters by class; exact for the text decoder."""
+    layers = [layer_parameters(shape, layer) for layer in layers_of(shape)]
+    linear = sum(layer.linear for layer in layers)
+    norms = sum(layer.norms_and_rest for layer in layers) + shape.hidden  # the last one before the head
+    if shape.per_layer_dim:
+        # Once: the projection of the embedding into all layers, and its norm.
+        linear += shape.layers * shape.hidden * shape.per_layer_dim
+        norms += shape.per_layer_dim
     if shape.altup_inputs:
-        norms += _altup_and_laurel(shape)
+        # Once: the projections of Gemma 3n's streams.
+        norms += 2 * (shape.altup_inputs - 1) * shape.hidden**2
     return Parameters(
         linear=linear,
         embedding=shape.vocab * shape.hidden * (1 if shape.tied else 2),
         per_layer_embedding=shape.per_layer_vocab * shape.layers * shape.per_layer_dim,
-        experts=shape.layers * shape.experts * 3 * shape.hidden * shape.expert_dim,
+        experts=sum(layer.experts for layer in layers),
         norms_and_rest=norms,
         towers=shape.towers,
-        lora_per_rank={"all-linear": attention_lora + mlp_lora, "attention": attention_lora, "mlp": mlp_lora},
+        lora_per_rank={
+            targets: sum(layer.lora_per_rank[targets] for layer in layers)
+            for targets in ("all-linear", "attention", "mlp")
+        },
     )
-
-
-def _altup_and_laurel(shape: Shape) -> int:
-    """Gemma 3n's streams: per layer AltUp's maps, scale and norm, and Laurel; once the projections of the streams."""
-    streams = shape.altup_inputs
-    altup = streams**2 + streams**3 + shape.hidden * streams + 2 * shape.hidden
-    laurel = 2 * shape.hidden * shape.laurel_rank + shape.hidden
-    return shape.layers * (altup + laurel) + 2 * (streams - 1) * shape.hidden**2
 
 
 def every(step: int, layers: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from gemma_tune.gemma.shape import Shape
 from gemma_tune.plan.choices_model import BYTES, Precision, choose_attention, lora_choices
 from gemma_tune.plan.machine import GIB, Machine
 from gemma_tune.plan.memory import estimate, phases, total
+from gemma_tune.plan.sharding import Sharding
 from gemma_tune.plan.stages import continues, group, has_reference, least_micro, updates
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Choice
@@ -91,7 +92,8 @@ def can_split(recipe: Recipe, processes: int) -> bool:
 
 def most_processes(recipe: Recipe, machine: Machine) -> int:
     """As many processes, one a device, as the global batch can be split over: what one would start on that machine."""
-    return next((count for count in range(machine.world_size, 1, -1) if can_split(recipe, count)), 1)
+    counts = range(machine.world_size, machine.nodes - 1, -machine.nodes)  # as many on each node
+    return next((count for count in counts if can_split(recipe, count)), 1)
 
 
 def workload(
@@ -103,8 +105,10 @@ def workload(
     start: Start | None,
     rewards: Sequence[Start],
     world_size: int,
+    sharding: Sharding | None = None,
 ) -> Workload:
-    """What decides about memory, for one row in a pass and without recomputation."""
+    """What decides about memory, for one row in a pass and without recomputation. Whole copies without `sharding`."""
+    sharded = sharding is not None and sharding.sharded
     lora = lora_choices(recipe, family, start)
     saved = start is not None and continues(recipe)
     # DPO, KTO and PPO keep a copy of what they begin with as reference; what lies below a new one is always frozen.
@@ -131,6 +135,9 @@ def workload(
         attention=choose_attention(recipe, family).value,
         checkpointing=False,
         world_size=world_size,
+        shards=sharding.shards if sharding and sharded else 0,
+        reshard=sharding.reshard_after_forward if sharding and sharded else True,
+        offload=sharding.offload if sharding and sharded else False,
         roles=_roles(recipe, rewards, world_size) if recipe.stage == "ppo" else None,
     )
 

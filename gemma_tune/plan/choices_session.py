@@ -6,12 +6,13 @@ from typing import Any
 
 from gemma_tune.gemma.families import Family
 from gemma_tune.plan.choices_ppo import critic_choice, rewards_choice
+from gemma_tune.plan.sharding import Sharding, distributed_choice
 from gemma_tune.plan.stages import written
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
 
 
-def session_choices(recipe: Recipe, family: Family) -> dict[str, Choice]:
+def session_choices(recipe: Recipe, family: Family, sharding: Sharding) -> dict[str, Choice]:
     """What the run folder, evaluation, samples, checkpoints, tracking and the stage's own code need."""
     tenth = "every: a tenth of the steps, which are known when the data is read"
     return {
@@ -22,6 +23,7 @@ def session_choices(recipe: Recipe, family: Family) -> dict[str, Choice]:
         "samples": _samples(recipe),
         "checkpoint": _section(recipe.checkpoint, tenth if recipe.checkpoint.every is None else ""),
         "tracking": _section(recipe.tracking, ""),
+        "distributed": distributed_choice(sharding),
         **_of_stage(recipe, family),
     }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from gemma_tune.gemma.families import Family
 from gemma_tune.plan.choices_batch import Batch
 from gemma_tune.plan.choices_model import Precision
 from gemma_tune.plan.choices_pairs import (
@@ -23,6 +24,7 @@ from gemma_tune.plan.choices_pairs import (
 )
 from gemma_tune.plan.choices_ppo import ppo_choices
 from gemma_tune.plan.machine import Machine
+from gemma_tune.plan.sharding import Sharding, sharding_keywords
 from gemma_tune.plan.stages import has_answers, unit, written
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
@@ -93,14 +95,17 @@ def fixed(stage: str) -> dict[str, str]:
     return _FIXED | _FIXED_OF_STAGE[stage]
 
 
-def trainer_choices(recipe: Recipe, machine: Machine, precision: Precision, batch: Batch) -> dict[str, Choice]:
+def trainer_choices(
+    recipe: Recipe, machine: Machine, family: Family, precision: Precision, batch: Batch, sharding: Sharding
+) -> dict[str, Choice]:
     """Keywords of the stage's configuration, those of `advanced.trainer` last."""
     chosen = {
         "output_dir": written(recipe, "output"),
         "seed": written(recipe, "seed"),
         "data_seed": Choice(recipe.seed, "the recipe's seed"),
         **_batch(batch),
-        **_optim(recipe, machine),
+        **_optim(recipe, machine, sharding),
+        **sharding_keywords(recipe, machine, family, sharding),
         **_types(machine, precision),
         **_checkpointing(batch),
         **_speaking(recipe),
@@ -118,18 +123,20 @@ def _batch(batch: Batch) -> dict[str, Choice]:
     }
 
 
-def optimizer_choice(recipe: Recipe, machine: Machine) -> Choice:
+def optimizer_choice(recipe: Recipe, machine: Machine, *, sharded: bool = False) -> Choice:
     """The optimizer under the name that SFTConfig's `optim` takes."""
     if recipe.optim.optimizer != "auto":
         return Choice(recipe.optim.optimizer, "recipe")
     if machine.device == "cpu":
         return Choice("adamw_torch", "AdamW of torch")
+    if recipe.adapter is None and sharded:
+        return Choice("adamw_torch_fused", "AdamW of torch: its states are sharded; 8-bit AdamW knows no parts")
     if recipe.adapter is None:
         return Choice("adamw_8bit", "full fine-tune on a GPU: 2 bytes of state a parameter instead of 8")
     return Choice("adamw_torch_fused", "AdamW of torch, one kernel for all; an adapter's state is small")
 
 
-def _optim(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
+def _optim(recipe: Recipe, machine: Machine, sharding: Sharding) -> dict[str, Choice]:
     optim = recipe.optim
     steps = (
         Choice(-1, "default: optim.epochs decides") if optim.max_steps is None else Choice(optim.max_steps, "recipe")
@@ -141,7 +148,7 @@ def _optim(recipe: Recipe, machine: Machine) -> dict[str, Choice]:
         "warmup_steps": written(recipe, "optim.warmup_ratio"),
         "num_train_epochs": written(recipe, "optim.epochs"),
         "max_steps": steps,
-        "optim": optimizer_choice(recipe, machine),
+        "optim": optimizer_choice(recipe, machine, sharded=sharding.sharded),
         "weight_decay": written(recipe, "optim.weight_decay"),
         "max_grad_norm": written(recipe, "optim.max_grad_norm"),
         "adam_beta1": written(recipe, "optim.beta1"),

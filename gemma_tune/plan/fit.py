@@ -8,16 +8,17 @@ from typing import Any
 from gemma_tune.errors import AccessError
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Shape
-from gemma_tune.plan.choices_batch import choose_batch, gib, workload
-from gemma_tune.plan.choices_model import choose_precision
-from gemma_tune.plan.choices_trainer import optimizer_choice
-from gemma_tune.plan.machine import MACHINES, Machine
+from gemma_tune.plan.choices_batch import gib
+from gemma_tune.plan.decide import decide
+from gemma_tune.plan.machine import MACHINES, Launch, Machine
 from gemma_tune.plan.memory import estimate, total
+from gemma_tune.plan.sharding import Sharding
 from gemma_tune.plan.stages import continues, least_micro, written
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Plan
+from gemma_tune.recipe.rules import NOT_SHARDED
 from gemma_tune.recipe.rules_ppo import MIN_PROMPT
-from gemma_tune.recipe.schema import Adapter, Recipe
+from gemma_tune.recipe.schema import Adapter, Distributed, Recipe
 
 
 def needed(
@@ -27,13 +28,11 @@ def needed(
     family: Family,
     start: Start | None,
     rewards: Sequence[Start],
-    world_size: int,
+    launch: Launch,
 ) -> int:
     """Bytes that this recipe needs on this machine, after `auto` has done what it can."""
-    precision, optimizer = choose_precision(recipe, machine, family), optimizer_choice(recipe, machine).value
-    work = workload(recipe, machine, family, precision, optimizer, start, rewards, world_size)
-    shape = shape.text if recipe.model.text_only else shape
-    return total(estimate(shape, choose_batch(recipe, machine, shape, work).work))
+    decided = decide(recipe, machine, shape, family, start, rewards, launch)
+    return total(estimate(shape.text if recipe.model.text_only else shape, decided.batch.work))
 
 
 def refusal(
@@ -43,14 +42,14 @@ def refusal(
     family: Family,
     start: Start | None,
     rewards: Sequence[Start],
-    world_size: int,
+    launch: Launch,
 ) -> str:
     """Why the run cannot start on this machine, with settings that could; empty where it fits."""
-    need = needed(recipe, machine, shape, family, start, rewards, world_size)
+    need = needed(recipe, machine, shape, family, start, rewards, launch)
     if need <= machine.memory_bytes:
         return ""
     return f"the run needs {gib(need)} and {machine.name} has {gib(machine.memory_bytes)}. " + (
-        _settings(recipe, machine, shape, family, start, rewards, world_size)
+        _settings(recipe, machine, shape, family, start, rewards, launch)
         or _larger_machines(recipe, shape, family, start, rewards)
     )
 
@@ -62,14 +61,15 @@ def _settings(
     family: Family,
     start: Start | None,
     rewards: Sequence[Start],
-    world_size: int,
+    launch: Launch,
 ) -> str:
     """Up to three settings that fit: single changes first, then the changes one on top of the other."""
 
     def size(candidate: Recipe) -> int:
-        return needed(candidate, machine, shape, family, start, rewards, world_size)
+        return needed(candidate, machine, shape, family, start, rewards, launch)
 
-    steps = list(_changes(recipe, shape, family))
+    sharding = decide(recipe, machine, shape, family, start, rewards, launch).sharding
+    steps = [*_changes(recipe, shape, family, sharding.sharded), *_sharing(recipe, machine, sharding)]
     attempts = [[step] for step in steps] + [steps[:count] for count in range(2, len(steps) + 1)]
     fitting: list[str] = []
     for attempt in attempts:
@@ -81,7 +81,17 @@ def _settings(
     return "Settings that would fit: " + ", or ".join(fitting) + "." if fitting else ""
 
 
-def _changes(recipe: Recipe, shape: Shape, family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+def _sharing(recipe: Recipe, machine: Machine, sharding: Sharding) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ways to spread a run over its processes that need less of each."""
+    if sharding.strategy == "ddp" and recipe.stage not in NOT_SHARDED and recipe.model.quantization != "int8":
+        yield "distributed.strategy: fsdp2", {"distributed": {"strategy": "fsdp2"}}
+    if sharding.sharded and not sharding.reshard_after_forward:
+        yield "distributed.reshard_after_forward: true", {"distributed": {"reshard_after_forward": True}}
+    if sharding.sharded and machine.device == "cuda" and not sharding.offload:
+        yield "distributed.offload: true", {"distributed": {"offload": True}}
+
+
+def _changes(recipe: Recipe, shape: Shape, family: Family, sharded: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes that save memory, the harmless ones first: (as written in a recipe, section -> values)."""
     # What was saved decides about an adapter that is trained on.
     ppo = recipe.ppo if recipe.stage == "ppo" else None
@@ -105,7 +115,7 @@ def _changes(recipe: Recipe, shape: Shape, family: Family) -> Iterator[tuple[str
     for length in (recipe.data.max_length // 2, recipe.data.max_length // 4):
         if length >= max(128, shortest):
             yield f"data.max_length: {length}", {"data": {"max_length": length}}
-    if recipe.optim.optimizer in ("auto", "adamw_torch", "paged_adamw_32bit"):
+    if recipe.optim.optimizer in ("auto", "adamw_torch", "paged_adamw_32bit") and not sharded:
         yield "optim.optimizer: adamw_8bit", {"optim": {"optimizer": "adamw_8bit"}}
     if adapter is not None and adapter.r > 8:
         yield "adapter.r: 8", {"adapter": adapter.model_copy(update={"r": 8})}
@@ -126,13 +136,14 @@ def _apply(recipe: Recipe, changes: list[dict[str, Any]]) -> Recipe:
 def _larger_machines(
     recipe: Recipe, shape: Shape, family: Family, start: Start | None, rewards: Sequence[Start]
 ) -> str:
-    """Machines of the table that could hold the run."""
+    """Machines of the table that could hold the run, in one process."""
+    recipe = recipe.model_copy(update={"distributed": Distributed()})
     fitting = [
         machine
         for machine in MACHINES.values()
         if machine.device == "cuda"
         and machine.gpus == 1
-        and needed(recipe, machine, shape, family, start, rewards, world_size=1) <= machine.memory_bytes
+        and needed(recipe, machine, shape, family, start, rewards, Launch()) <= machine.memory_bytes
     ]
     if not fitting:
         return "No setting of this recipe fits it, nor one GPU of the table: choose a smaller Gemma."

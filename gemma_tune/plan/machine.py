@@ -33,6 +33,7 @@ class Machine:
         compute_capability: CUDA compute capability, None on a CPU.
         flash_attention: FlashAttention 2 can run: Ampere or newer (its README names Ampere, Ada and Hopper).
         world_size: processes that train together, one a device.
+        nodes: such machines that work together; `gpus` are those of one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Machine:
     compute_capability: tuple[int, int] | None = None
     flash_attention: bool = False
     world_size: int = 1
+    nodes: int = 1
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready facts for `Plan.machine`."""
@@ -55,6 +57,7 @@ class Machine:
             "compute_capability": list(self.compute_capability) if self.compute_capability else None,
             "flash_attention": self.flash_attention,
             "world_size": self.world_size,
+            "nodes": self.nodes,
         }
 
 
@@ -81,15 +84,94 @@ MACHINES: dict[str, Machine] = {
 
 
 def named_machine(name: str) -> Machine:
-    """A machine of the table.
+    """A machine of the table, or several of them: `8xh100` has eight GPUs, `2x8xh100` is two such nodes.
 
     Raises:
         UserError: the table has no such machine.
     """
-    try:
+    if name in MACHINES:
         return MACHINES[name]
-    except KeyError:
-        raise UserError(f"unknown machine '{name}'", where="--machine", fix=f"one of: {', '.join(MACHINES)}") from None
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x(.+)", name)
+    one = MACHINES.get(found[3]) if found else None
+    if found is None or one is None or one.gpus != 1:
+        hint = f"one of: {', '.join(MACHINES)}; several GPUs: 4xl4, several nodes: 2x8xh100"
+        raise UserError(f"unknown machine '{name}'", where="--machine", fix=hint)
+    nodes, gpus = int(found[1] or 1), int(found[2])
+    return replace(one, name=name, gpus=gpus, world_size=nodes * gpus, nodes=nodes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What a launcher says: how many processes there are, and how they are to share the work.
+
+    Attributes:
+        world_size: processes that train together.
+        nodes: machines that they run on.
+        fsdp: version of FSDP that it asks for; None where it asks for none.
+        replicas, shards: sizes of its parallelism config (HSDP): groups, and processes in one; None where it has none.
+        checkpoint: `full` or `sharded`, of an FSDP configuration; None where it does not say.
+        offload, reshard_after_forward: of an FSDP configuration; None where it does not say.
+        other: what it asks for beside that and cannot have here, such as `DeepSpeed`; empty where there is nothing.
+    """
+
+    world_size: int = 1
+    nodes: int = 1
+    fsdp: int | None = None
+    replicas: int | None = None
+    shards: int | None = None
+    checkpoint: Literal["full", "sharded"] | None = None
+    offload: bool | None = None
+    reshard_after_forward: bool | None = None
+    other: str = ""
+
+    @property
+    def processes_per_node(self) -> int:
+        return max(1, self.world_size // self.nodes)
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch:
+    """What torchrun or accelerate launch told this process through its environment; one process without either.
+
+    torchrun sets WORLD_SIZE, LOCAL_WORLD_SIZE and GROUP_WORLD_SIZE; accelerate 1.15 (utils/launch.py) starts through it
+    and adds ACCELERATE_USE_FSDP, FSDP_* and, for HSDP, PARALLELISM_CONFIG_*.
+
+    Raises:
+        AccessError: a number of processes is none.
+    """
+    world_size = world_size_of(environment)
+    here = _number(environment, "LOCAL_WORLD_SIZE", world_size)
+    nodes = _number(environment, "GROUP_WORLD_SIZE", -(-world_size // here))
+    sharded = _is_true(environment.get("ACCELERATE_USE_FSDP"))
+    mesh = _is_true(environment.get("ACCELERATE_USE_PARALLELISM_CONFIG"))
+    sizes = {
+        name: _number(environment, f"PARALLELISM_CONFIG_{name}_SIZE", 1)
+        for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+    }
+    kind = environment.get("FSDP_STATE_DICT_TYPE", "").upper()
+    other = [f"{name} parallelism" for name in ("TP", "CP", "SP") if mesh and sizes[name] > 1]
+    if _is_true(environment.get("ACCELERATE_USE_DEEPSPEED")):
+        other.append("DeepSpeed")
+    if _is_true(environment.get("ACCELERATE_USE_MEGATRON_LM")):
+        other.append("Megatron-LM")
+    return Launch(
+        world_size=world_size,
+        nodes=nodes,
+        fsdp=_number(environment, "FSDP_VERSION", 1) if sharded else None,
+        replicas=sizes["DP_REPLICATE"] if mesh else None,
+        shards=sizes["DP_SHARD"] if mesh else None,
+        checkpoint=_STATE_DICTS.get(kind) if sharded else None,
+        offload=_is_true(environment.get("FSDP_OFFLOAD_PARAMS")) if sharded else None,
+        reshard_after_forward=_is_true(environment.get("FSDP_RESHARD_AFTER_FORWARD", "true")) if sharded else None,
+        other=", ".join(other),
+    )
+
+
+_STATE_DICTS: dict[str, Literal["full", "sharded"]] = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
+
+
+def _is_true(text: str | None) -> bool:
+    """As accelerate's `str_to_bool` reads it."""
+    return (text or "").lower() in ("y", "yes", "t", "true", "on", "1")
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:
@@ -98,25 +180,35 @@ def world_size_of(environment: Mapping[str, str]) -> int:
     Raises:
         AccessError: the variable is set and is not a positive number.
     """
-    text = environment.get("WORLD_SIZE", "1")
+    return _number(environment, "WORLD_SIZE", 1)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A positive number that a launcher sets.
+
+    Raises:
+        AccessError: the variable is set and is none.
+    """
+    text = environment.get(name, str(default))
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise AccessError(
-            f"the environment variable WORLD_SIZE is {text!r}, which is no number of processes",
+            f"the environment variable {name} is {text!r}, which is no number of processes",
             fix="unset it, or start with torchrun or accelerate launch",
         )
     return int(text)
 
 
-def probe(world_size: int = 1) -> Machine:
+def probe(world_size: int = 1, nodes: int = 1) -> Machine:
     """This machine, asked through torch. Imports torch.
 
     Args:
-        world_size: processes of this launch (`world_size_of(os.environ)`).
+        world_size: processes of this launch (`launch_of(os.environ)`).
+        nodes: machines that they run on.
     """
     import torch
 
     if not torch.cuda.is_available():
-        return cpu_machine(world_size=world_size)
+        return cpu_machine(world_size=world_size, nodes=nodes)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = (properties.major, properties.minor)
     return Machine(
@@ -128,19 +220,20 @@ def probe(world_size: int = 1) -> Machine:
         compute_capability=capability,
         flash_attention=capability >= (8, 0),
         world_size=world_size,
+        nodes=nodes,
     )
 
 
-def glance(environment: Mapping[str, str], world_size: int = 1) -> Machine:
+def glance(environment: Mapping[str, str], world_size: int = 1, nodes: int = 1) -> Machine:
     """This machine without torch: nvidia-smi where there is one, otherwise the CPU's own files.
 
     Honours `CUDA_VISIBLE_DEVICES` where it lists indices. The run asks `probe`, whose answer counts.
     """
     gpus = visible_gpus(_ask_nvidia_smi(), environment.get("CUDA_VISIBLE_DEVICES"))
     if not gpus:
-        return cpu_machine(world_size=world_size)
+        return cpu_machine(world_size=world_size, nodes=nodes)
     # The first visible device is the one a single process trains on.
-    return replace(gpus[0], gpus=len(gpus), world_size=world_size)
+    return replace(gpus[0], gpus=len(gpus), world_size=world_size, nodes=nodes)
 
 
 def _ask_nvidia_smi() -> str:
@@ -181,10 +274,11 @@ def visible_gpus(table: str, visible: str | None) -> list[Machine]:
     return chosen
 
 
-def cpu_machine(world_size: int = 1, root: Path = Path("/")) -> Machine:
+def cpu_machine(world_size: int = 1, root: Path = Path("/"), nodes: int = 1) -> Machine:
     """This computer's CPU: memory from /proc/meminfo, lowered by any cgroup limit; bf16 from /proc/cpuinfo.
 
     Args:
+        world_size, nodes: processes that train together, and computers that they run on.
         root: where `proc` and `sys` are mounted, for tests.
     """
     information = _read(root / "proc/cpuinfo")
@@ -196,7 +290,8 @@ def cpu_machine(world_size: int = 1, root: Path = Path("/")) -> Machine:
     model = re.search(r"^model name\s*:\s*(.+)$", information, re.MULTILINE)
     name = f"cpu ({model[1].strip()})" if model else "cpu"
     # Processes on one computer share its memory.
-    return Machine(name, "cpu", 0, cpu_memory(root) // world_size, bf16=bf16, world_size=world_size)
+    memory = cpu_memory(root) // -(-world_size // nodes)
+    return Machine(name, "cpu", 0, memory, bf16=bf16, world_size=world_size, nodes=nodes)
 
 
 def cpu_memory(root: Path = Path("/")) -> int:

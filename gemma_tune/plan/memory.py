@@ -12,15 +12,11 @@ from collections.abc import Iterable
 
 from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.gemma.shape import Layer, Parameters, Shape, count, layers_of
+from gemma_tune.plan.gathered import constants_bytes, gathered, packed_bytes, part
 from gemma_tune.plan.machine import GIB, MIB
 from gemma_tune.plan.stages import has_reference
 from gemma_tune.plan.types import MemoryTerm
 from gemma_tune.plan.workload import Roles, Workload
-
-# bitsandbytes quantises NF4 weights in blocks of 64 with one constant each; double quantisation quantises 256 of those
-# to 8 bits with one fp32 constant (QLoRA, arXiv 2305.14314, section 3).
-NF4_BLOCK = 64
-NF4_CONSTANTS_BLOCK = 256
 
 # TRL 1.16 scores tiles of 4,096 tokens x 32,768 words (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
 HEAD_TOKENS = 4096
@@ -53,16 +49,38 @@ def estimate(shape: Shape, work: Workload) -> tuple[MemoryTerm, ...]:
     the backward pass, whose passing buffers are larger. So it is with KTO's KL rows, as many and as long as the trained
     ones, which go through policy and reference without a gradient. Policy and critic of PPO go backward one after the
     other, the policy with the larger head. Terms of 0 bytes are left out.
+
+    Where the model is sharded, a process holds a part of weights, states and gradients, and whole layers for a while.
     """
     parameters = count(shape)
+    weights = _weights(parameters, shape, work)
     terms = [
-        *_weights(parameters, shape, work),
+        *([_constants(parameters, work), *(part(term, work) for term in weights)] if work.shards else weights),
         *_training(parameters, shape, work),
+        *gathered(shape, parameters, work),
         *(_roles(parameters, shape, work, work.roles) if work.roles else ()),
         *max(phases(shape, work).values(), key=total),
         _overhead(work),
     ]
-    return tuple(term for term in terms if term.bytes)
+    return tuple(term for term in [*terms, _loading(weights, terms, work)] if term.bytes)
+
+
+def _constants(parameters: Parameters, work: Workload) -> MemoryTerm:
+    """NF4's constants stand beside the packed tensor, and every process has all of them."""
+    each, formula = constants_bytes(work)
+    size = parameters.linear * each
+    return _term("constants of NF4", size, f"{parameters.linear:,} x {formula}, whole on each process")
+
+
+def _loading(weights: list[MemoryTerm], terms: list[MemoryTerm], work: Workload) -> MemoryTerm:
+    """What loading needs above the peak of a step: a process that quantises has the whole model before it has a part.
+
+    So it is on a CPU. Other weights are read by one process into its computer's memory, and sent in parts.
+    """
+    whole = work.quantization != "none" or work.device == "cpu"
+    more = total(weights) + _overhead(work).bytes - total(terms) if work.shards and whole else 0
+    why = "above the peak of a step: each process loads the whole model, then keeps a part"
+    return _term("loading", max(0, more), why)
 
 
 def phases(shape: Shape, work: Workload) -> dict[str, list[MemoryTerm]]:
@@ -82,10 +100,10 @@ def total(terms: Iterable[MemoryTerm]) -> int:
 def linear_bytes(work: Workload) -> tuple[float, str]:
     """Bytes of one weight in a linear layer of the decoder, and the formula."""
     if work.quantization == "nf4":
+        each = packed_bytes(work) + constants_bytes(work)[0]
         if work.double_quantization:
-            constants = 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_CONSTANTS_BLOCK)
-            return 0.5 + constants, "(1/2 + 1/64 + 4/(64 x 256)) B: NF4, its constants quantised again"
-        return 0.5 + 4 / NF4_BLOCK, "(1/2 + 4/64) B: NF4 with fp32 constants"
+            return each, "(1/2 + 1/64 + 4/(64 x 256)) B: NF4, its constants quantised again"
+        return each, "(1/2 + 4/64) B: NF4 with fp32 constants"
     if work.quantization == "int8":
         return 1.0, "1 B: int8"
     return float(work.weight_bytes), f"{work.weight_bytes} B"
@@ -97,6 +115,8 @@ def _term(name: str, size: float, formula: str) -> MemoryTerm:
 
 def _weights(parameters: Parameters, shape: Shape, work: Workload) -> list[MemoryTerm]:
     each, formula = linear_bytes(work)
+    if work.shards:  # their constants are a term of their own, which is not shared
+        each, formula = packed_bytes(work), f"{packed_bytes(work):g} B"
     wide = work.weight_bytes
     plain = f"x {wide} B"
     terms = [_term("linear layers", parameters.linear * each, f"{parameters.linear:,} x {formula}")]
@@ -125,31 +145,39 @@ def trained_parameters(parameters: Parameters, work: Workload) -> int:
 def _training(parameters: Parameters, shape: Shape, work: Workload) -> list[MemoryTerm]:
     trained = trained_parameters(parameters, work)
     what = "adapter" if work.rank else "model"
-    terms = []
+    held = []
     if work.rank:
         pairs = parameters.lora_per_rank[work.targets]
-        terms.append(_term("adapter", 4 * trained, f"r {work.rank} x {pairs:,} x 4 B: fp32"))
+        held.append(_term("adapter", 4 * trained, f"r {work.rank} x {pairs:,} x 4 B: fp32"))
     if work.frozen_rank:
         pairs = parameters.lora_per_rank[work.frozen_targets]
         why = "the reference, as the training began" if has_reference(work.stage) else "what the new adapter stands on"
         formula = f"r {work.frozen_rank} x {pairs:,} x 4 B: {why}; no gradient, no state"
-        terms.append(_term("frozen adapter", 4 * work.frozen_rank * pairs, formula))
-    terms.append(_term(f"gradients of the {what}", 4 * trained, f"{trained:,} x 4 B: fp32"))
+        held.append(_term("frozen adapter", 4 * work.frozen_rank * pairs, formula))
+    held.append(_term(f"gradients of the {what}", 4 * trained, f"{trained:,} x 4 B: fp32"))
     if work.optimizer == "adafactor":
         # A row and a column of statistics a matrix, instead of the matrix.
         factored = trained / (work.rank or shape.hidden / 2)
-        terms.append(_term("optimizer state", 4 * factored, f"{round(factored):,} x 4 B: rows and columns (adafactor)"))
+        held.append(_term("optimizer state", 4 * factored, f"{round(factored):,} x 4 B: rows and columns (adafactor)"))
     else:
-        terms.append(_optimizer_state(parameters, trained, work))
+        held.append(_optimizer_state(parameters, trained, work))
+    if work.shards:
+        return [*(part(term, work) for term in held), *_summed_up(trained, work)]
     if not work.rank and work.autocast:
         copies = parameters.linear + parameters.experts
-        terms.append(
-            _term("weights in compute type", work.compute_bytes * copies, f"{copies:,} x d: autocast's copies")
-        )
+        held.append(_term("weights in compute type", work.compute_bytes * copies, f"{copies:,} x d: autocast's copies"))
     if work.world_size > 1:
         what = "all of them as one tensor" if work.roles else "what DistributedDataParallel sends"
-        terms.append(_term("gradient buckets", 4 * trained, f"{trained:,} x 4 B: {what}"))
-    return terms
+        held.append(_term("gradient buckets", 4 * trained, f"{trained:,} x 4 B: {what}"))
+    return held
+
+
+def _summed_up(trained: int, work: Workload) -> list[MemoryTerm]:
+    """An adapter's gradients are sent once a step, and are whole until then; those of all weights after each pass."""
+    if not work.rank:
+        return []
+    formula = f"{trained:,} x 4 B: summed up over the passes of a step, then sent"
+    return [_term("gradients before they are sent", 4 * trained, formula)]
 
 
 def _roles(parameters: Parameters, shape: Shape, work: Workload, roles: Roles) -> list[MemoryTerm]:

@@ -8,8 +8,9 @@ from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Parameters, Shape, count
 from gemma_tune.plan.choices_batch import BUDGET, can_split, gib
 from gemma_tune.plan.choices_model import BYTES, Precision
-from gemma_tune.plan.machine import Machine
+from gemma_tune.plan.machine import Launch, Machine
 from gemma_tune.plan.memory import total
+from gemma_tune.plan.sharding import Sharding
 from gemma_tune.plan.stages import CONFIGS, continues, has_reference
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import MemoryTerm
@@ -29,7 +30,8 @@ def notes_of(
     precision: Precision,
     memory: tuple[MemoryTerm, ...],
     start: Start | None,
-    processes: int,
+    launch: Launch,
+    sharding: Sharding,
 ) -> tuple[str, ...]:
     """The notes of a plan, the most important first."""
     parameters = count(shape)
@@ -41,7 +43,8 @@ def notes_of(
         *_ppo(recipe),
         *_not_quantised(recipe, shape, parameters, precision),
         *_towers(recipe, parameters, precision),
-        *_devices(recipe, machine, processes),
+        *_sharing(recipe, launch, sharding),
+        *_devices(recipe, machine, launch.world_size),
         *_run(recipe),
         f"{family.label} is under {LICENCES[family.licence]}.",
     )
@@ -129,11 +132,28 @@ def _towers(recipe: Recipe, parameters: Parameters, precision: Precision) -> Ite
         yield f"Vision and audio towers are loaded and not trained; model.text_only: true saves up to {size}."
 
 
+def _sharing(recipe: Recipe, launch: Launch, sharding: Sharding) -> Iterator[str]:
+    if sharding.sharded and sharding.shards == 1:
+        yield "FSDP of one process: it holds everything, and only takes longer; good for trying it out."
+    if sharding.offload:
+        yield "distributed.offload: parameters cross the PCIe bus in each pass, and the optimizer runs on the CPU."
+    if launch.fsdp is not None and not sharding.sharded:
+        yield "The launcher asks for FSDP and the recipe for ddp: the recipe decides."
+    if sharding.strategy == "fsdp2" and launch.nodes > 1:
+        yield (
+            f"Each layer is gathered over the network between {launch.nodes} nodes, in each pass; with "
+            "distributed.strategy: hsdp only gradients are sent there."
+        )
+    if sharding.sharded and recipe.model.quantization == "none" and recipe.adapter is None:
+        yield "All weights are trained in parts: the result is gathered into one folder on the first process."
+
+
 def _devices(recipe: Recipe, machine: Machine, processes: int) -> Iterator[str]:
-    if machine.gpus <= processes:
+    gpus = machine.gpus * machine.nodes
+    if gpus <= processes:
         return
-    idle = f"{processes} of {machine.gpus} GPUs will work"
-    if not can_split(recipe, machine.gpus):
+    idle = f"{processes} of {gpus} GPUs will work"
+    if not can_split(recipe, gpus):
         yield f"{idle}: batch.size {recipe.batch.size} cannot be split over all of them."
     else:
         yield f"{idle}; all of them: torchrun --nproc-per-node {machine.gpus} -m gemma_tune {recipe.stage} RECIPE."

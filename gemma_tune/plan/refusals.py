@@ -8,21 +8,23 @@ from gemma_tune.errors import AccessError, Problem, UserError
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Shape
 from gemma_tune.plan.choices_trainer import fixed
-from gemma_tune.plan.machine import Machine
+from gemma_tune.plan.machine import Launch, Machine
 from gemma_tune.plan.stages import continues
 from gemma_tune.plan.starts import Start
 from gemma_tune.recipe.rules import clashes
 from gemma_tune.recipe.schema import Recipe
 
 
-def check_combination(recipe: Recipe, machine: Machine, shape: Shape, family: Family, start: Start | None) -> None:
+def check_combination(
+    recipe: Recipe, machine: Machine, shape: Shape, family: Family, start: Start | None, launch: Launch
+) -> None:
     """Refuse what this recipe asks of this Gemma or of this machine and cannot have.
 
     Raises:
         UserError: the recipe contradicts itself or the model.
         AccessError: only the machine stands in the way.
     """
-    of_recipe = [*_recipe(recipe), *_model(recipe, shape, family)]
+    of_recipe = [*_recipe(recipe), *_model(recipe, shape, family), *_launch(recipe, launch)]
     of_machine = list(_machine(recipe, machine, start))
     if of_recipe:
         raise UserError.of([*of_recipe, *of_machine])
@@ -73,6 +75,29 @@ def _why_not(attention: str, family: Family) -> str:
     if attention == "flash_attention_2":
         return ": its global layers have heads of 512, and FlashAttention 2 ends at 256"
     return ""
+
+
+def _launch(recipe: Recipe, launch: Launch) -> Iterator[Problem]:
+    """What a launcher's file asks for and no recipe can make work."""
+    if launch.other:
+        yield Problem(
+            f"the launcher asks for {launch.other}, which is not supported",
+            "--config_file",
+            "use a file of accelerate_configs/, or torchrun",
+        )
+    if launch.fsdp not in (None, 2) and recipe.distributed.strategy == "auto":
+        yield Problem(
+            f"the launcher asks for version {launch.fsdp} of FSDP, which transformers gives up and whose checkpoints "
+            "crashed here",
+            "--config_file",
+            "set fsdp_version: 2 in its file, or distributed.strategy in the recipe",
+        )
+    if recipe.adapter is None and "accelerator_config" in recipe.advanced.trainer:
+        yield Problem(
+            "accelerator_config is the plan's where all weights are trained: it says when gradients are summed up",
+            "advanced.trainer.accelerator_config",
+            "remove it",
+        )
 
 
 def _machine(recipe: Recipe, machine: Machine, start: Start | None) -> Iterator[Problem]:

@@ -45,6 +45,7 @@ def report(plan: Plan) -> Iterator[RenderableType]:
 def _machine(machine: Mapping[str, Any]) -> str:
     kind = "bf16" if machine["bf16"] else "no bf16"
     processes = f", {machine['world_size']} processes" if machine["world_size"] > 1 else ""
+    processes += f" on {machine['nodes']} nodes" if machine.get("nodes", 1) > 1 else ""
     return printable(f"{machine['name']}: {size(machine['memory_bytes'])} a device, {kind}{processes}")
 
 

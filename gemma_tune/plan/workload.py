@@ -48,6 +48,9 @@ class Workload:
         attention: attention implementation.
         checkpointing: whether activations are recomputed.
         world_size: processes that train together.
+        shards: processes that hold one copy of the model between them (FSDP2); 0 where each holds a whole one.
+        reshard: whether a gathered layer is dropped after its forward pass.
+        offload: whether the parts are kept in the computer's memory.
         stage: the recipe's; in `reward` and `dpo` a row is a pair of two sequences.
         frozen_rank, frozen_targets: of a second adapter that is not trained: the reference of DPO, KTO and PPO, or what
             a new adapter stands on; rank 0 where there is none.
@@ -71,6 +74,9 @@ class Workload:
     attention: str
     checkpointing: bool
     world_size: int
+    shards: int = 0
+    reshard: bool = True
+    offload: bool = False
     stage: Literal["sft", "reward", "dpo", "kto", "ppo"] = "sft"
     frozen_rank: int = 0
     frozen_targets: str = "all-linear"

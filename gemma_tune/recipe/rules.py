@@ -284,8 +284,8 @@ def _sharding(recipe: Recipe, place: Place) -> Iterator[Clash]:
     if asked.replicas is not None and asked.strategy != "hsdp":
         yield Clash(
             ("distributed.replicas", "distributed.strategy"),
-            f"distributed.replicas: {asked.replicas} ({place('distributed.replicas')}) is for groups that each hold the "
-            f"whole model, but there is {strategy}",
+            f"distributed.replicas: {asked.replicas} ({place('distributed.replicas')}) is for groups that each hold "
+            f"the whole model, but there is {strategy}",
             "set distributed.strategy: hsdp, or remove distributed.replicas",
         )
     if asked.strategy in ("fsdp2", "hsdp") and (why := NOT_SHARDED.get(recipe.stage)):

@@ -260,12 +260,12 @@ class Distributed(Section):
 
     strategy: Literal["auto", "ddp", "fsdp2", "hsdp"] = "auto"
     """`ddp`: every process holds the whole model. `fsdp2`: a part each, gathered layer by layer (arXiv 2304.11277).
-    `hsdp`: such groups, which hold the same. `auto`: what the launcher says, else ddp where it fits each GPU, else fsdp2."""
+    `hsdp`: such groups, which hold the same. `auto`: what the launcher says, else ddp where it fits, else fsdp2."""
     checkpoint: Literal["full", "sharded"] = "full"
     """Checkpoints of fsdp2 and hsdp: one file, or a part from each process (torch.distributed.checkpoint). The result
     of a run is one plain folder either way."""
     offload: bool = False
-    """fsdp2 and hsdp: keep parameters in CPU memory between uses. Slow; for models that fit the GPUs in no other way."""
+    """fsdp2 and hsdp: keep parameters in CPU memory between uses. Slow; for what does not fit otherwise."""
     reshard_after_forward: bool = True
     """fsdp2 and hsdp: drop a gathered layer after its forward pass and gather it again for the backward pass. `false`
     saves that second gathering, and keeps the whole model on each GPU meanwhile."""

@@ -42,12 +42,17 @@ _FREE_TRAINER = frozenset(
         "dataloader_prefetch_factor",
         "use_cpu",
         "ddp_find_unused_parameters",
+        "ddp_timeout",
+        "fsdp",
+        "fsdp_config",
         "include_num_input_tokens_seen",
         # Their product counts, below: another micro batch with the same global batch is the same mathematics.
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
     }
 )
+# When gradients of all weights are added up, not what they are: the plan's, where the model is sharded.
+_SUMMED_EACH_PASS = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 _FREE = {
     "model": frozenset({"attn_implementation"}),
     "quantization": frozenset[str](),
@@ -80,6 +85,8 @@ def identity_of(
     for section, free in _FREE.items():
         flat |= {f"{section}.{key}": value for key, value in plan.values(section).items() if key not in free}
     trainer = plan.values("trainer")
+    if trainer.get("accelerator_config") == _SUMMED_EACH_PASS:
+        del flat["trainer.accelerator_config"]
     micro = trainer.get("per_device_train_batch_size") or 1
     flat["batch.size"] = micro * (trainer.get("gradient_accumulation_steps") or 1) * world_size
     flat["model.revision"] = revision

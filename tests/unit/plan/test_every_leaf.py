@@ -28,6 +28,14 @@ ONLY_SFT = {
     "data.shuffle_buffer",
     "adapter.dropout",
 }
+# Those that a stage has no use for which is not sharded.
+ONLY_SHARDED = {
+    "distributed.strategy",
+    "distributed.checkpoint",
+    "distributed.offload",
+    "distributed.reshard_after_forward",
+    "distributed.replicas",
+}
 # Those that a reward model has no use for: it gives no answers.
 NOT_REWARD = {"samples.prompts", "samples.held_out", "samples.every", "samples.max_new_tokens"}
 
@@ -133,9 +141,15 @@ FLIPS: dict[str, Any] = {
     "tracking.project": "mine",
     "tracking.name": "first",
     "tracking.log_every": 5,
+    "distributed.strategy": "fsdp2",
+    "distributed.checkpoint": "sharded",
+    "distributed.offload": True,
+    "distributed.reshard_after_forward": False,
+    "distributed.replicas": 2,
+    "distributed.timeout": 60,
     "seed": 1,
     "output": "runs/other",
-    "advanced.trainer": {"ddp_timeout": 900},
+    "advanced.trainer": {"ddp_bucket_cap_mb": 50},
 }
 
 # What must be set on both sides of the comparison for a flip to be valid.
@@ -143,6 +157,10 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "data.streaming": {"data.holdout": 50, "optim.max_steps": 100},
     "model.adapter_mode": {"model.adapter": "runs/sft"},
     "ppo.kl_horizon": {"ppo.kl_target": 6.0},
+    "distributed.checkpoint": {"distributed.strategy": "fsdp2"},
+    "distributed.offload": {"distributed.strategy": "fsdp2"},
+    "distributed.reshard_after_forward": {"distributed.strategy": "fsdp2"},
+    "distributed.replicas": {"distributed.strategy": "hsdp"},
 }
 
 
@@ -188,8 +206,8 @@ def read_in(stage: str) -> list[str]:
         "sft": set(),
         "reward": ONLY_SFT | NOT_REWARD | {"model.adapter_mode"},
         "dpo": ONLY_SFT,
-        "kto": ONLY_SFT,
-        "ppo": ONLY_SFT,
+        "kto": ONLY_SFT | ONLY_SHARDED,
+        "ppo": ONLY_SFT | ONLY_SHARDED,
     }[stage]
     others = tuple(f"{other}." for other in CONFIGS if other != stage)
     return [leaf for leaf in FLIPS if leaf not in unread and not leaf.startswith(others)]
@@ -198,8 +216,9 @@ def read_in(stage: str) -> list[str]:
 @pytest.mark.parametrize(("stage", "leaf"), [(stage, leaf) for stage in CONFIGS for leaf in read_in(stage)])
 def test_a_flipped_leaf_changes_the_plan(stage, leaf):
     companions = {"stage": stage} | COMPANIONS.get(leaf, {})
-    before = held(plan_for(companions))
-    after = held(plan_for(companions | with_flip(leaf, FLIPS[leaf])))
+    machine = "8xh100" if leaf == "distributed.replicas" else "rtx4090"
+    before = held(plan_for(companions, machine))
+    after = held(plan_for(companions | with_flip(leaf, FLIPS[leaf]), machine))
     assert after != before
 
 

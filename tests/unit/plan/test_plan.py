@@ -273,7 +273,7 @@ def test_a_run_that_does_not_fit_names_settings_that_would():
 def test_what_fits_no_setting_names_machines():
     plan = plan_for({"model.name": "google/gemma-3-27b-it"}, "t4")
     assert "No setting of this recipe fits it" in plan.refusal and "rtx4090" in plan.refusal
-    nothing = plan_for({"model.name": "google/gemma-4-31B", "adapter": None, "model.quantization": "none"}, "8xh100")
+    nothing = plan_for({"model.name": "google/gemma-4-31B", "adapter": None, "model.quantization": "none"}, "h100")
     assert "Settings that would fit: " in nothing.refusal and "model.quantization: nf4" in nothing.refusal
 
 

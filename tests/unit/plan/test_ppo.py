@@ -149,7 +149,7 @@ def test_no_keyword_of_the_plan_can_be_overridden_unless_it_is_free() -> None:
             plan_for(PPO | {"advanced.trainer": {keyword: None}})
 
 
-@pytest.mark.parametrize("keyword", ["fsdp", "deepspeed", "torch_compile_mode", "torch_empty_cache_steps"])
+@pytest.mark.parametrize("keyword", ["torch_compile_mode", "torch_empty_cache_steps"])
 def test_what_the_own_loop_would_not_hear_is_refused(keyword: str) -> None:
     with pytest.raises(UserError, match=f"'{keyword}' is fixed: "):
         plan_for(PPO | {"advanced.trainer": {keyword: 1}})
