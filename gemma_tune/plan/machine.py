@@ -141,17 +141,17 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     world_size = world_size_of(environment)
     here = _number(environment, "LOCAL_WORLD_SIZE", world_size)
     nodes = _number(environment, "GROUP_WORLD_SIZE", -(-world_size // here))
-    sharded = _is_true(environment.get("ACCELERATE_USE_FSDP"))
-    mesh = _is_true(environment.get("ACCELERATE_USE_PARALLELISM_CONFIG"))
+    sharded = is_true(environment.get("ACCELERATE_USE_FSDP"))
+    mesh = is_true(environment.get("ACCELERATE_USE_PARALLELISM_CONFIG"))
     sizes = {
         name: _number(environment, f"PARALLELISM_CONFIG_{name}_SIZE", 1)
         for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
     }
     kind = environment.get("FSDP_STATE_DICT_TYPE", "").upper()
     other = [f"{name} parallelism" for name in ("TP", "CP", "SP") if mesh and sizes[name] > 1]
-    if _is_true(environment.get("ACCELERATE_USE_DEEPSPEED")):
+    if is_true(environment.get("ACCELERATE_USE_DEEPSPEED")):
         other.append("DeepSpeed")
-    if _is_true(environment.get("ACCELERATE_USE_MEGATRON_LM")):
+    if is_true(environment.get("ACCELERATE_USE_MEGATRON_LM")):
         other.append("Megatron-LM")
     return Launch(
         world_size=world_size,
@@ -159,17 +159,17 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
         fsdp=_number(environment, "FSDP_VERSION", 1) if sharded else None,
         replicas=sizes["DP_REPLICATE"] if mesh else None,
         shards=sizes["DP_SHARD"] if mesh else None,
-        checkpoint=_STATE_DICTS.get(kind) if sharded else None,
-        offload=_is_true(environment.get("FSDP_OFFLOAD_PARAMS")) if sharded else None,
-        reshard_after_forward=_is_true(environment.get("FSDP_RESHARD_AFTER_FORWARD", "true")) if sharded else None,
+        checkpoint=STATE_DICTS.get(kind) if sharded else None,
+        offload=is_true(environment.get("FSDP_OFFLOAD_PARAMS")) if sharded else None,
+        reshard_after_forward=is_true(environment.get("FSDP_RESHARD_AFTER_FORWARD", "true")) if sharded else None,
         other=", ".join(other),
     )
 
 
-_STATE_DICTS: dict[str, Literal["full", "sharded"]] = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
+STATE_DICTS: dict[str, Literal["full", "sharded"]] = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
 
 
-def _is_true(text: str | None) -> bool:
+def is_true(text: str | None) -> bool:
     """As accelerate's `str_to_bool` reads it."""
     return (text or "").lower() in ("y", "yes", "t", "true", "on", "1")
 

@@ -1,6 +1,7 @@
-"""What comes with gemma-tune beside its code: recipes and sample rows.
+"""What comes with gemma-tune beside its code: recipes, sample rows, and accelerate's files.
 
-In a checkout they are the folders recipes/ and data/; an installed package has them as gemma_tune/_recipes and _data.
+In a checkout they are the folders recipes/, data/ and accelerate_configs/; an installed package has them as
+gemma_tune/_recipes, _data and _accelerate_configs.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Shipped:
     measured: str = ""
 
 
-def shipped_folder(name: Literal["recipes", "data"]) -> Path:
-    """The folder of the shipped recipes, or of the sample rows.
+def shipped_folder(name: Literal["recipes", "data", "accelerate_configs"]) -> Path:
+    """The folder of the shipped recipes, of the sample rows, or of accelerate's files.
 
     Raises:
         AccessError: the installation has none.
