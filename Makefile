@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 TESTENV := OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
 
 LLAMA := .llama
+TPU := .venv-tpu
 
-.PHONY: quickstart rlhf-demo test test-fast test-exhaustive test-gpu verify-gguf lint format setup clean help
+.PHONY: quickstart rlhf-demo test test-fast test-exhaustive test-gpu verify-gguf setup-tpu test-tpu lint format setup clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +48,15 @@ verify-gguf: $(LLAMA)/.ready  ## GGUF files in llama.cpp itself; builds it first
 	PYTHONPATH=$(LLAMA) $(if $(wildcard runs/quickstart/adapter),GEMMA_TUNE_TEST_RUN=runs/quickstart) \
 		$(BIN)/python -m pytest -q -s -m llama tests/llama
 
+# Beside the other one: no environment can hold both (pyproject.toml, dependency-groups).
+$(TPU)/.ready: pyproject.toml constraints-tpu.txt scripts/setup_tpu.sh
+	PYTHON=$(PYTHON) scripts/setup_tpu.sh $(TPU)
+
+setup-tpu: $(TPU)/.ready  ## build .venv-tpu (JAX, tunix, qwix); LIBTPU=1 on a TPU, and to compile for one
+
+test-tpu: $(VENV)/.ready $(TPU)/.ready  ## SFT in JAX on eight simulated chips, held against torch
+	$(TESTENV) $(BIN)/python -m pytest -q -s -m tpu tests/tpu
+
 lint: $(VENV)/.ready  ## style, types and the floors of the house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +68,4 @@ format: $(VENV)/.ready  ## rewrite the code in the house style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(LLAMA) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TPU) $(LLAMA) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -222,10 +223,13 @@ def launch(
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each machine.")] = 8,
-    gpu: Annotated[str, typer.Option(help="Their kind, as SkyPilot calls it.")] = "H100",
-    limit: Annotated[str, typer.Option("--time", help="Limit: D-HH:MM:SS, HH:MM:SS or minutes.")] = "1-00:00:00",
+    gpu: Annotated[str | None, typer.Option(help="Their kind, for SkyPilot: H100, L4, ...", show_default=False)] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option("--time", help="Limit, for SLURM (default: 1-00:00:00) and Kubeflow.", show_default=False),
+    ] = None,
     image: Annotated[
-        str | None, typer.Option(help="Container image with gemma-tune, for Kubeflow.", show_default=False)
+        str | None, typer.Option(help="Image with gemma-tune, for Kubeflow and SkyPilot.", show_default=False)
     ] = None,
     volume: Annotated[
         str | None, typer.Option(help="Shared storage: a claim for Kubeflow, a URI for SkyPilot.", show_default=False)
@@ -239,7 +243,7 @@ def launch(
     when a signal stops it.
     """
     path, changes = split_recipe([recipe, *(overrides or ())], context)
-    order = (template.value, path, changes, nodes, gpus_per_node, gpu, limit, image, volume, accelerate)
+    order = (template.value, path, tuple(changes), nodes, gpus_per_node, gpu, limit, image, volume, accelerate)
     return lambda: _command("launch").render(order, out)
 
 
@@ -273,6 +277,7 @@ def check(
         str | None,
         typer.Option(help="Plan for another: cpu, t4, l4, rtx4090, a100, a100-80gb, h100, 8xh100. Default: this one."),
     ] = None,
+    mesh: MeshText = None,
     as_json: AsJson = False,
 ) -> Job:
     """Print a recipe's plan, with reasons and memory.
@@ -280,6 +285,8 @@ def check(
     Each derived value comes with its reason, and the memory that the run will need term by term. Nothing is loaded.
     """
     path, changes = split_recipe([recipe, *(overrides or ())], context)
+    if machine and re.match(r"v\d", machine):  # v5e-8: a TPU, whose compiler says what a step needs
+        return lambda: _command("tpu").check(path, changes, machine, mesh, as_json)
     return lambda: _command("check").run(path, changes, machine, as_json)
 
 
