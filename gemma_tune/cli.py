@@ -275,7 +275,11 @@ def check(
     overrides: Overrides = None,
     machine: Annotated[
         str | None,
-        typer.Option(help="Plan for another: cpu, t4, l4, rtx4090, a100, a100-80gb, h100, 8xh100. Default: this one."),
+        typer.Option(help="Plan for another: cpu, t4, l4, rtx4090, a100, a100-80gb, h100, 8xh100, 2x8xh100."),
+    ] = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Plan as under this accelerate file, and look for what would fail there."),
     ] = None,
     mesh: MeshText = None,
     as_json: AsJson = False,
@@ -287,7 +291,7 @@ def check(
     path, changes = split_recipe([recipe, *(overrides or ())], context)
     if machine and re.match(r"v\d", machine):  # v5e-8: a TPU, whose compiler says what a step needs
         return lambda: _command("tpu").check(path, changes, machine, mesh, as_json)
-    return lambda: _command("check").run(path, changes, machine, as_json)
+    return lambda: _command("check").run(path, changes, machine, as_json, accelerate)
 
 
 @app.command(context_settings=OVERRIDES)

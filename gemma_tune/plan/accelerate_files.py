@@ -95,7 +95,7 @@ def read_accelerate_file(path: Path) -> AccelerateFile:
         UserError: it cannot be read, is no YAML, or no mapping.
     """
     name = str(path)
-    document = yaml.parse(yaml.decode(yaml.read_bytes(path), name), name, mapping=False)
+    document = yaml.parse(yaml.decode(yaml.read_bytes(name), name), name, mapping=False)
     if not isinstance(document.root.value, dict):
         raise UserError("is no accelerate file: it holds no keys", where=name, fix="`accelerate config` writes one")
     if document.problems:
