@@ -36,7 +36,8 @@ def write_prepared(prepared: Prepared[Any], folder: Path) -> None:
     ):
         if not isinstance(rows, datasets.Dataset):
             raise TypeError(f"the rows of {name} are a stream")
-        rows.save_to_disk(str(folder / name))
+        # Of no rows datasets 5.2 would write no file, and could not read that (datasets#8385).
+        rows.save_to_disk(str(folder / name), num_shards=None if len(rows) else 1)
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(to_json(example) + "\n" for example in examples)
     found = {"report": prepared.report.to_json(), "fingerprint": prepared.fingerprint}

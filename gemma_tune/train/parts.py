@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,12 @@ def fetch_alone(
 def taken(plan: Plan, prepare: Prepare, made: dict[str, Any]) -> Parts:
     """The parts that another process of this machine fetched. Nothing is downloaded; a stream everybody reads."""
     family, name = FAMILIES[plan.family], plan.values("model")["name"]
+    folder = made["data"]
+    shared = read_prepared(Path(folder)) if folder else None  # first: what is mapped outlives its folder
     spoken = ModelSource(plan.values("model").get("tokenizer") or name, Path(made["spoken"]), None)
     tokenizer = open_tokenizer(spoken, family)
     encoder = GemmaEncoder(tokenizer, family)
-    folder = made["data"]
-    data = read_prepared(Path(folder)) if folder else prepare(family, encoder, **plan.values("data"))
+    data = shared or prepare(family, encoder, **plan.values("data"))
     return Parts(ModelSource(name, Path(made["path"]), made["revision"]), spoken, tokenizer, encoder, data)
 
 
@@ -109,16 +111,16 @@ def prepared_before(
     content = content_of(prepare.__name__, family, tokenizer, keywords)
     if content is None:
         return None
+    say = partial(console.print, highlight=False, soft_wrap=True)
     try:
         kept = library.find(content)
     except (Damaged, OSError, ValueError) as exc:
-        place = library.place_for(content)
-        console.print(f"the prepared data in {place} is not used, and all is read again: {exc}", highlight=False)
+        say(f"the prepared data in {library.place_for(content)} is not used, and all is read again: {exc}")
         return None
     if kept is not None:
-        console.print(f"data: prepared on {kept.made['at']}, read from {kept.folder}", highlight=False)
+        say(f"data: prepared on {kept.made['at']}, read from {kept.folder}")
         for name in content.functions:
-            console.print(f"what {name} reads now is not looked at", highlight=False)
+            say(f"what {name} reads now is not looked at")
     return kept
 
 

@@ -116,6 +116,12 @@ except GemmaTuneError as error:
     print(type(error).__name__, error)
     sys.exit(error.exit_code)
 print(len(rows), rows[-1][0], [message.content for message in rows[-1][1].messages])
+if sys.argv[1] == "commit":
+    from gemma_tune.data.content import commit_of
+    from huggingface_hub import constants
+    print(commit_of("acme/talks", None))
+    constants.HF_HUB_OFFLINE = True
+    print(commit_of("acme/talks", None))
 """
 
 
@@ -137,6 +143,11 @@ def read(url: str, home: Path, mode: str = "download") -> subprocess.CompletedPr
 def test_a_hub_set_is_read_with_all_turns(url: str, tmp_path: Path, mode: str) -> None:
     done = read(url, tmp_path, mode)
     assert done.stdout == "25 acme/talks row 25 ['q24', 'a24', 'r24', 'b24']\n", done.stderr
+
+
+def test_its_commit_is_known_with_the_hub_and_later_without(url: str, tmp_path: Path) -> None:
+    done = read(url, tmp_path, "commit")
+    assert done.stdout.splitlines()[1:] == [COMMIT, COMMIT], done.stderr
 
 
 @pytest.mark.parametrize(
