@@ -64,6 +64,8 @@ class RewardTrainer(RunTrainer, TrlRewardTrainer):
         around: what the run gives it.
     """
 
+    passes = ("rewards",)
+
     def __init__(
         self,
         *,

@@ -27,7 +27,7 @@ from gemma_tune.plan.stages import least_micro
 from gemma_tune.plan.starts import adapter_folder
 from gemma_tune.plan.types import Plan
 from gemma_tune.recipe.functions import load_user_function
-from gemma_tune.train import checkpoint, provenance
+from gemma_tune.train import checkpoint, provenance, sharding
 from gemma_tune.train.callbacks import MetricsFile, ProgressDisplay, Rhythm, every_tenth, sample_rows
 from gemma_tune.train.evaluate import Answer, Prompt, answers, prompt_ids, sample_prompts, stop_rate
 from gemma_tune.train.identity import identity_of
@@ -212,8 +212,13 @@ def trainer_config(plan: Plan) -> TrainingArguments:
     Raises:
         UserError: a keyword of `advanced.trainer` is unknown or refused.
     """
+    keywords, distributed = plan.values("trainer"), plan.values("session")["distributed"]
+    sharding.take_over(distributed, "bf16" if keywords["bf16"] else "fp16" if keywords["fp16"] else None)
     with unchecked_keywords(plan):
-        config = stage_of(plan).config(**plan.values("trainer"))
+        config = stage_of(plan).config(**keywords)
+    config.parallelism_config = sharding.mesh_of(distributed)
+    if config.use_cpu and distributed["strategy"] in sharding.SHARDED:
+        sharding.shard_on_cpu(config)
     if plan.machine.get("world_size", 1) == 1:
         # With more than one visible the Trainer would wrap the model in nn.DataParallel, which TRL 1.16 refuses.
         config._n_gpu = min(config.n_gpu, 1)
@@ -342,6 +347,7 @@ class Run:
             signals=self.signals,
             held_out=rows,
             progress=self.resumed.progress if self.resumed else None,
+            distributed=self.session["distributed"],
         )
         with unchecked_keywords(self.plan):
             trainer = self.trainer = self.stage.trainer(self, around)
@@ -443,6 +449,8 @@ class Run:
             row["tuned"] = vars_of(answer)
         results |= self.stage.finish(self, results)
         results |= {"steps": trainer.state.global_step, **trainer.counters, "peak_memory": provenance.peak_memory()}
+        if sharding.is_sharded(trainer.model):
+            sharding.make_whole(trainer.model, writes=trainer.is_world_process_zero())
         if trainer.is_world_process_zero():
             results["weights"] = self._write_weights(results)
         self.folder.record["results"] = results

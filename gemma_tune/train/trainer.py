@@ -10,20 +10,23 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PrinterCallback, Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from gemma_tune.errors import TrainingError, UserError
-from gemma_tune.train import checkpoint
+from gemma_tune.errors import TrainingError
+from gemma_tune.train import checkpoint, sharding
 from gemma_tune.train.callbacks import Clock, counters_of
 from gemma_tune.train.evaluate import Answer, Prompt
 from gemma_tune.train.session import RunFolder
+from gemma_tune.train.sharded_checkpoint import has_parts, read_optimizer, write_parts
 from gemma_tune.train.signals import Signals
-from gemma_tune.train.weights import load_weights, write_weights
+from gemma_tune.train.weights import load_weights, own_weights, write_config, write_weights
 
 
 class Figures(Protocol):
@@ -45,6 +48,7 @@ class Surroundings:
         signals: asked during an evaluation, which a stop cuts short.
         held_out: rows for `evaluate`; may be empty.
         progress: counters of the checkpoint that the run continues from.
+        distributed: how processes share the model (`plan.values("session")["distributed"]`).
     """
 
     folder: RunFolder
@@ -53,6 +57,7 @@ class Surroundings:
     signals: Signals
     held_out: Sequence[Mapping[str, Any]] = ()
     progress: Mapping[str, Any] | None = None
+    distributed: Mapping[str, Any] = field(default_factory=lambda: {"strategy": "single"})
 
 
 @contextmanager
@@ -73,16 +78,19 @@ def sheltered(model: Any) -> Iterator[None]:
             parameter.requires_grad = True
 
 
-def refuse_sharding(sharded: bool) -> None:
-    """
+def check_engine(trainer: Trainer, distributed: Mapping[str, Any]) -> None:
+    """The processes share the model as the plan says.
+
     Raises:
-        UserError: the launcher shards the model.
+        TrainingError: accelerate fell back to something else, or is told more by its environment.
     """
-    if sharded:
-        raise UserError(
-            "FSDP and DeepSpeed are not supported: each process would save its own shard as if it were the whole",
-            where="accelerate launch",
-            fix="start with torchrun, or with accelerate launch --multi_gpu: every process holds the whole model",
+    wanted = distributed["strategy"] in sharding.SHARDED
+    if trainer.is_deepspeed_enabled or wanted != trainer.is_fsdp_enabled:
+        found = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "no FSDP"
+        raise TrainingError(
+            f"the plan says {distributed['strategy']}, but accelerate made it {found}",
+            where="distributed.strategy",
+            fix="unset ACCELERATE_* and FSDP_* in the environment, or start with a file of accelerate_configs/",
         )
 
 
@@ -92,16 +100,19 @@ class RunTrainer(Trainer):
     model: Any
     data_collator: Any
     train_dataset: Any
+    passes: tuple[str, ...] = ()
+    """Methods of the model, beside `forward` and `generate`, that run it: a sharded one gathers its parts for them."""
 
     def settle(self, around: Surroundings) -> None:
         """The rest of `__init__`, once TRL's is done.
 
         Raises:
-            UserError: the launcher shards the model.
+            TrainingError: the processes share the model in another way than the plan says.
         """
         # A NaN must be seen: the filter logs the average of earlier losses in its place.
         self.args.logging_nan_inf_filter = False
-        refuse_sharding(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_engine(self, around.distributed)
+        self._distributed = around.distributed
         self.remove_callback(PrinterCallback)
         progress = around.progress or {}
         self.clock = Clock(progress.get("train_seconds", 0.0))
@@ -133,7 +144,20 @@ class RunTrainer(Trainer):
     def load_trained(self, folder: Path) -> None:
         """Take the weights of a checkpoint, where every step is done and only what comes after the last one is not."""
         load_weights(self.model, folder)
-        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, as in the training
+        if self.is_fsdp_enabled:  # accelerate shards no model without its optimizer
+            self._prepare_for_training(self.state.max_steps or 1, None, None)
+        else:
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, as in the training
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Look at what accelerate made of the model before anything runs through it."""
+        found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            layers = self.plain_model().config.get_text_config().num_hidden_layers
+            sharding.check_sharded(self.model, layers, self._distributed["shards"])
+            for method in self.passes:
+                register_fsdp_forward_method(self.model, method)
+        return found
 
     # --- what a stage fills in ----------------------------------------------------------------------------------------
 
@@ -314,9 +338,41 @@ class RunTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def write_weights(self, folder: Path) -> None:
-        """The trained weights, on the process that saves."""
+        """The trained weights, on the process that saves, or in parts on each."""
+        if not self._in_parts and (self.args.should_save or self.is_fsdp_enabled):
+            write_weights(self.model, folder, writes=self.args.should_save)
+
+    @property
+    def _in_parts(self) -> bool:
+        return self.is_fsdp_enabled and self._distributed["checkpoint"] == "sharded"
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The state of one process alone, also where several hold parts of it: any number may go on from it."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir)
+        if self._in_parts:
+            state = write_parts(own_weights(self.model), self.optimizer, folder)
+        else:
+            state = sharding.whole_optimizer_state(self.optimizer)
         if self.args.should_save:
-            write_weights(self.model, folder)
+            torch.save(state, folder / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+            if self._in_parts:
+                write_config(self.model, folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (self.is_fsdp_enabled or has_parts(Path(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        if has_parts(folder):
+            read_optimizer(self.optimizer, state, folder)
+        else:
+            sharding.load_optimizer_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load what `write_weights` wrote, every tensor of it and no other: the Trainer's own only warns."""

@@ -2,55 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, load_model, save_file, save_model
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gemma_tune.errors import TrainingError
 from gemma_tune.models.reward import RewardModel
-from gemma_tune.models.roles import TRAINED
+from gemma_tune.models.roles import TRAINED, belongs
 from gemma_tune.plan.starts import REWARD_HEAD
+from gemma_tune.train.sharded_checkpoint import has_parts, read_weights
+from gemma_tune.train.sharding import is_sharded, part_of, whole_state
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"
 
 
-def write_weights(model: Any, folder: Path) -> None:
+def write_weights(model: Any, folder: Path, *, writes: bool = True) -> None:
     """An adapter in PEFT's form, with a reward model's head beside it, or the whole model under its own names.
 
-    A frozen adapter is not written: it is part of what the run began with.
+    A frozen adapter is not written: it is part of what the run began with. Of a sharded model all processes must call
+    this together, and the one that writes has the whole.
+
+    Args:
+        model: the trained model.
+        folder: where the files go.
+        writes: whether this process writes them.
     """
     if isinstance(model, RewardModel):
-        write_weights(model.trunk, folder)
-        save_file(model.head.state_dict(), str(folder / REWARD_HEAD))
+        write_weights(model.trunk, folder, writes=writes)
+        head = whole_state(model.head.state_dict())
+        if writes:
+            save_file(head, str(folder / REWARD_HEAD))
     elif isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)
+        named = {name: parameter for name, parameter in model.named_parameters() if belongs(name, TRAINED)}
+        state = whole_state(named) if is_sharded(model) else None
+        if writes:
+            model.save_pretrained(
+                str(folder), selected_adapters=[TRAINED], save_embedding_layers=False, state_dict=state
+            )
+            (folder / "README.md").unlink(missing_ok=True)
     else:
-        save_model(model, str(folder / MODEL_FILE), metadata={"format": "pt"})
-        model.config.save_pretrained(str(folder))
+        state = whole_state(own_weights(model))
+        if writes:
+            save_file(state, str(folder / MODEL_FILE), metadata={"format": "pt"})
+            model.config.save_pretrained(str(folder))
+
+
+def write_config(model: Any, folder: Path) -> None:
+    """What says how weights that were gathered later are to be read."""
+    trunk = model.trunk if isinstance(model, RewardModel) else model
+    config = trunk.peft_config[TRAINED] if isinstance(trunk, PeftModel) else trunk.config
+    config.save_pretrained(str(folder))
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Put the trainable weights of a verified checkpoint into `model`, strictly.
+    """Put the trainable weights of a verified checkpoint into `model`, strictly. A sharded model takes its part.
 
     Raises:
         TrainingError: its tensors are not those of this model.
     """
-    if isinstance(model, RewardModel):
+    if has_parts(folder):
+        read_weights(own_weights(model), folder)
+    elif isinstance(model, RewardModel):
         load_weights(model.trunk, folder)
-        model.head.load_state_dict(load_file(str(folder / REWARD_HEAD)))
-        return
-    if not isinstance(model, PeftModel):
-        load_model(model, str(folder / MODEL_FILE), strict=True)
-        return
-    state = load_file(str(folder / ADAPTER_FILE))
-    expected = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
+        _fill(model.head.state_dict(), load_file(str(folder / REWARD_HEAD)), folder)
+    elif isinstance(model, PeftModel):
+        _fill(own_weights(model), load_file(str(folder / ADAPTER_FILE)), folder)
+    else:
+        _fill(own_weights(model), load_file(str(folder / MODEL_FILE)), folder)
+
+
+def own_weights(model: Any) -> dict[str, Tensor]:
+    """The model's own tensors that a checkpoint holds, under the names that they have there.
+
+    An adapter's, as PEFT names them, with a reward model's `head.`; or parameters and saved buffers of a whole model, a
+    tied one once.
+    """
+    if isinstance(model, RewardModel):
+        head = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
+        return own_weights(model.trunk) | head
+    if isinstance(model, PeftModel):
+        return get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
+    saved = model.state_dict()
+    return {
+        name: tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())  # which leave out repetitions
+        if name in saved
+    }
+
+
+@torch.no_grad()
+def _fill(own: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy `state` into the tensors of `own`, which are a model's."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
+    if shapes != {name: tuple(tensor.shape) for name, tensor in own.items()}:
         raise TrainingError(
-            "the adapter in the checkpoint does not fit this model", where=str(folder), fix="start a new run"
+            "the weights in the checkpoint do not fit this model", where=str(folder), fix="start a new run"
         )
-    set_peft_model_state_dict(model, state, adapter_name=TRAINED)
+    for name, tensor in own.items():
+        tensor.copy_(part_of(tensor, state[name]))

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, get_scheduler
 from transformers import set_seed as seed_everything
@@ -48,7 +47,8 @@ from gemma_tune.train.ppo.rewards import KlController, k1, k3, shape_scores, tok
 from gemma_tune.train.ppo.rollout import roll_out, sampling
 from gemma_tune.train.ppo.scores import Scorer, Scores
 from gemma_tune.train.ppo.types import Experience, Pass, Rollout
-from gemma_tune.train.trainer import Surroundings, refuse_sharding
+from gemma_tune.train.sharding import refuse_parts
+from gemma_tune.train.trainer import Surroundings
 
 _EVALUATION = 2**31
 """Stands for the step in the seed of an evaluation: every evaluation draws with the same noise."""
@@ -83,7 +83,7 @@ class PpoTrainer:
     ) -> None:
         self.args = config
         self.accelerator = Accelerator(cpu=config.use_cpu)
-        refuse_sharding(self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED))
+        refuse_parts(self.accelerator.distributed_type)
         self.actors, self.model = actors, actors.model
         self.family = family
         self.scorer = scorer
