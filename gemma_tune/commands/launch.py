@@ -1,4 +1,4 @@
-"""`gemma-tune sft --accelerate FILE` and its like, which start themselves on all GPUs; `gemma-tune launch`: job files."""
+"""`gemma-tune sft --accelerate FILE` and so on, which start themselves on all GPUs; `gemma-tune launch`: job files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune import console
 from gemma_tune.commands import train
 from gemma_tune.errors import AccessError, UserError
-from gemma_tune.launch.accelerate_file import read_settings
 from gemma_tune.launch.jobs import Job, render_job
+from gemma_tune.launch.settings import settings_of
 from gemma_tune.launch.start import environment_of, gpus_here, launch
 from gemma_tune.launch.world import Options, check_option, is_worker, nodes_of, world_of
+from gemma_tune.plan.accelerate_check import file_problems
+from gemma_tune.plan.accelerate_files import accelerate_file, read_accelerate_file
+from gemma_tune.plan.choices_model import choose_precision
+from gemma_tune.plan.facts import model_facts
+from gemma_tune.plan.machine import cpu_machine, glance
 from gemma_tune.recipe import yaml
 from gemma_tune.recipe.reader import read_recipe, read_recipe_text
 
@@ -53,12 +58,18 @@ def start(
         raise UserError(
             f"{', '.join(options.given())} without --accelerate", where="command line", fix="--accelerate ddp"
         )
-    settings = read_settings(accelerate_file(accelerate))
+    file = read_accelerate_file(accelerate_file(accelerate))
+    settings = settings_of(file)
     if is_worker(os.environ):
         check_option(settings, options, os.environ)
         return train.run(stage, recipe, overrides, resume)
     # Once and now: else each process would find it out after its start.
-    train.check_stage(read_recipe(recipe, overrides).stage, stage, recipe)
+    read = read_recipe(recipe, overrides)
+    train.check_stage(read.stage, stage, recipe)
+    family, _ = model_facts(read.model.name, read.model.revision)
+    here = cpu_machine() if settings.use_cpu else glance(os.environ)
+    if problems := list(file_problems(file, read, family, choose_precision(read, here, family))):
+        raise UserError.of(problems)
     nodes = nodes_of(settings, options, os.environ)
     world = world_of(settings, options, nodes, gpus_here())
     if world.size == 1 and settings.kind == "NO":
@@ -99,7 +110,3 @@ def render(order: Sequence[Any], out: str | None) -> int:
         raise AccessError(f"cannot be written: {error.strerror}", where=out, fix="name another file") from None
     console.out(f"wrote {out}")
     return 0
-
-
-def accelerate_file(name: str) -> Path:
-    return Path(name)

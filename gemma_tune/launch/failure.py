@@ -126,8 +126,10 @@ def read_folder(folder: Path, base: int) -> list[Failure]:
 def first(failures: Sequence[Failure]) -> Failure:
     """The failure that began it; the others are mostly its consequences: lost connections, and being told to stop."""
 
-    def order(failure: Failure) -> tuple[float, bool]:
-        return failure.when - (_NOTICED_LATE if failure.killed else 0.0), failure.code < 0
+    def order(failure: Failure) -> float:
+        if failure.killed:
+            return failure.when - _NOTICED_LATE
+        return failure.when + (0.0 if failure.problems else 1.0)  # torch cuts its own times to whole seconds
 
     return min(failures, key=order)
 

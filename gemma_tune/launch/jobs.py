@@ -24,7 +24,7 @@ SHARED = "/shared"
 """Where the files mount the storage that all nodes see."""
 
 CPUS_A_GPU = 4
-"""Cores that a SLURM job asks for with each GPU: one for the process, others for tokenising. Unasked a task gets one."""
+"""Cores that a SLURM job asks for with each GPU: one for the process, others for tokenising. Else a task gets one."""
 
 _TAKES = {
     "slurm": {"time"},

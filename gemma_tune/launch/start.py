@@ -28,8 +28,8 @@ from typing import Any
 
 from gemma_tune import console
 from gemma_tune.errors import Aborted, AccessError, GemmaTuneError, Stopped, UserError
-from gemma_tune.launch.settings import Settings
 from gemma_tune.launch.failure import Failure, as_error, first, read_failure, read_folder
+from gemma_tune.launch.settings import Settings
 from gemma_tune.launch.world import ASKED, World
 
 PATIENCE = 150
@@ -203,6 +203,8 @@ def _stopped(handlers: Handlers, failures: Sequence[Failure], host: str) -> Gemm
 
 def _quieten() -> None:
     """Keep the agent's account of signals and exit codes out of the output: we give one. LOGLEVEL asks for it."""
+    import torch.distributed.run  # noqa: F401 - the agent's modules set the levels of their loggers on import
+
     if "LOGLEVEL" in os.environ:
         return
     for name in list(logging.root.manager.loggerDict):

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gemma_tune.errors import AccessError, UserError
-from gemma_tune.launch.settings import Settings
 from gemma_tune.launch.nodes import Nodes, checked, find_nodes
+from gemma_tune.launch.settings import Settings
 
 ASKED = "GEMMA_TUNE_WORLD_SIZE"
 """Environment variable in which our launcher tells its processes how many there are to be."""
