@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gemma_tune import console
 from gemma_tune.commands.figures import figures
 from gemma_tune.errors import UserError
+from gemma_tune.launch.world import check_world
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.plan.fit import require_fit
 from gemma_tune.plan.machine import launch_of, named_machine, probe
@@ -50,6 +51,7 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)
     check_stage(read.stage, stage, recipe)
+    check_world(os.environ)
     family, shape = model_facts(read.model.name, read.model.revision)
     start, rewards = start_of(read, family), rewards_of(read, family)
     from gemma_tune.models.remedies import import_bitsandbytes
