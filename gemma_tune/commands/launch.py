@@ -76,9 +76,8 @@ def start(
         with environment_of(settings, world):
             return train.run(stage, recipe, overrides, resume)
     if nodes.rank == 0:
-        console.out(
-            f"{world.size} processes: {world.a_node} on each of {nodes.count} machine{'s' * (nodes.count > 1)}, by {settings.path}"
-        )
+        machines = f"each of {nodes.count} machines" if nodes.count > 1 else "this machine"
+        console.out(f"{world.size} processes: {world.a_node} on {machines}, by {settings.path}")
     words = [stage, recipe, *overrides, *(["--resume", resume] if resume != "never" else [])]
     sys.stdout.flush()
     launch(settings, world, words)

@@ -1,4 +1,4 @@
-"""Started in each of the ways in which people start jobs, stopped in the ways in which jobs stop: one and the same run."""
+"""Started in the ways in which people start jobs, stopped in the ways in which jobs stop: one and the same run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-import gemma_tune
 from gemma_tune.cli import main
 from gemma_tune.launch.nodes import find_nodes
 from gemma_tune.train import checkpoint
@@ -114,10 +113,12 @@ def reached(run: Path) -> int:
     return found.found.step
 
 
-def test_killed_stopped_and_continued_three_ways_a_run_is_the_straight_one(straight: Path, folder: Path) -> None:
+def test_a_run_of_our_launcher_that_lost_a_process_goes_on_under_accelerate_and_ends_as_one_of_torchrun(
+    straight: Path, folder: Path
+) -> None:
     run = folder / "broken"
     ours = [str(BIN / "gemma-tune"), "sft", "recipe.yaml", "output=broken", "--accelerate", "one_node.yaml"]
-    with started(ours, folder) as process:  # its own launcher; one of two processes is killed
+    with started(ours, folder) as process:
         wait_for(run / f"checkpoint-{EVERY}", process)
         victim = worker(process.pid, 1)
         at = time.monotonic()
@@ -128,22 +129,11 @@ def test_killed_stopped_and_continued_three_ways_a_run_is_the_straight_one(strai
     assert f"rank 1 on {socket.gethostname()}: killed by SIGKILL (process {victim.pid})" in error
     assert "Traceback" not in error and "torch/distributed" not in error
     assert not psutil.pid_exists(victim.pid)
-    begun = reached(run)
-    assert EVERY <= begun < STEPS
-
-    with started([*ours, "--resume", "auto"], folder) as process:  # its own launcher; a scheduler's warning
-        wait_for(run / f"checkpoint-{begun + EVERY}", process)
-        process.send_signal(signal.SIGUSR1)
-        printed, error = process.communicate(timeout=90)
-    assert process.returncode == 75, error
-    assert error.count("stopped by SIGUSR1") == 1 and "torch/distributed" not in error
-    assert f"resuming after step {begun}" in printed
-    assert begun < reached(run) < STEPS
+    assert EVERY <= reached(run) < STEPS
 
     theirs = [str(BIN / "accelerate"), "launch", "--config_file", "one_node.yaml", "--main_process_port", "0"]
-    with started(
-        [*theirs, "-m", "gemma_tune", "sft", "recipe.yaml", "output=broken", "--resume", "auto"], folder
-    ) as end:
+    words = ["-m", "gemma_tune", "sft", "recipe.yaml", "output=broken", "--resume", "auto"]
+    with started([*theirs, *words], folder) as end:
         printed, error = end.communicate(timeout=120)
     assert end.returncode == 0, error
     assert printed.count("held-out loss:") == 1
@@ -152,7 +142,7 @@ def test_killed_stopped_and_continued_three_ways_a_run_is_the_straight_one(strai
     results = [document(one / "run.json")["results"] for one in (run, straight)]
     assert results[0]["tuned"]["loss"] == pytest.approx(results[1]["tuned"]["loss"], rel=1e-5)
     assert results[0]["tokens_seen"] == results[1]["tokens_seen"]
-    assert len(document(run / "run.json")["segments"]) == 3
+    assert len(document(run / "run.json")["segments"]) == 2
 
 
 SRUN = """\
@@ -238,4 +228,3 @@ def test_accelerate_itself_starts_one_process_for_multi_cpu_and_that_is_refused(
     assert process.returncode != 0
     assert "accelerate was asked for several processes and started one" in error
     assert not (folder / "alone").exists()
-    assert Path(gemma_tune.__file__).is_file()
