@@ -14,6 +14,7 @@ import errno
 import math
 import os
 import re
+import socket
 import sys
 import time
 import traceback
@@ -25,7 +26,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_tune import __version__, console
-from gemma_tune.errors import AccessError, GemmaTuneError, UserError
+from gemma_tune.errors import AccessError, GemmaTuneError, LostProcess, Stopped, UserError
 from gemma_tune.privacy import keep_private
 
 Job = Callable[[], int]
@@ -600,8 +601,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         _debug_traceback(debug)
         failure = _as_ours(error)
         if not _left_to_the_launcher(failure):
-            console.print_error(failure)
+            _report(failure, int(os.environ.get("RANK") or 0))
         return failure.exit_code
+
+
+_SAME_SECONDS, _LOST_SECONDS = 1.0, 10.0
+
+
+def _report(failure: GemmaTuneError, rank: int) -> None:
+    """Print a failure; of several processes, once, and the one that failed first.
+
+    A launcher ends all processes as soon as one leaves. So the first process speaks at once; another waits a moment, in
+    which it is ended where the first one has failed too; and one that only lost another waits until that has spoken.
+    """
+    if isinstance(failure, LostProcess):
+        time.sleep(_LOST_SECONDS)
+    if rank:
+        if isinstance(failure, Stopped):
+            return  # all stop together, and the first one says so
+        time.sleep(_SAME_SECONDS)
+        console.err(f"process {rank} on {socket.gethostname()}:")
+    console.print_error(failure)
 
 
 def _left_to_the_launcher(failure: GemmaTuneError) -> bool:

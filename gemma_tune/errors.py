@@ -4,6 +4,7 @@
     |-- UserError        (exit 2: the user's input: recipe, data, command line, wrong kind of model)
     |-- AccessError      (exit 3: environment or access: hardware, disk, network, gated model)
     |-- TrainingError    (exit 4: the training failed: non-finite loss, out of memory, damaged checkpoint)
+    |   `-- LostProcess  (the same: of several processes another one is gone)
     |-- Stopped          (exit 75: stopped by a signal, a checkpoint is on disk; EX_TEMPFAIL of sysexits.h)
     `-- Aborted          (exit 130: second Ctrl-C, nothing was saved after it)
 
@@ -66,6 +67,10 @@ class TrainingError(GemmaTuneError):
     """The training itself failed."""
 
     exit_code = 4
+
+
+class LostProcess(TrainingError):
+    """Another process of the run is gone. What it said, or what its launcher says of it, is the reason."""
 
 
 class Stopped(GemmaTuneError):

@@ -45,9 +45,11 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
 
     Raises:
         UserError: the recipe, or that it is for another command.
+        AccessError: another number of processes came than was asked for.
     """
     import os
 
+    check_world(os.environ)
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)
     check_stage(read.stage, stage, recipe)

@@ -32,10 +32,12 @@ from gemma_tune.train.callbacks import MetricsFile, ProgressDisplay, Rhythm, eve
 from gemma_tune.train.evaluate import Answer, Prompt, answers, prompt_ids, sample_prompts, stop_rate
 from gemma_tune.train.identity import identity_of
 from gemma_tune.train.parts import fetch
+from gemma_tune.train.peers import missing
 from gemma_tune.train.session import Resume, RunFolder, is_first_process
 from gemma_tune.train.signals import Signals
 from gemma_tune.train.tracking import WandbTracking
 from gemma_tune.train.trainer import Figures, RunTrainer, Surroundings, agreement
+from gemma_tune.train.weights import check_written
 
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory|ALLOC_FAILED", re.IGNORECASE
@@ -319,7 +321,7 @@ class Run:
         """Train, write the results, and leave run.json with how it ended."""
         status, results = "failed", None
         try:
-            with memory_errors(self.plan), checkpoint.disk_errors(self.folder.path):
+            with missing(self.signals), memory_errors(self.plan), checkpoint.disk_errors(self.folder.path):
                 results = self._train()
             status = "finished"
             return results
@@ -462,6 +464,9 @@ class Run:
         staging = self.folder.path / f".staging-{name}"
         shutil.rmtree(staging, ignore_errors=True)
         self.stage.write(self, staging, results)
+        if self.plan.lora:
+            stacked = start_of(self.plan).get("mode") == "stack"
+            check_written(self.trainer.model, staging, moved=False, stacked=stacked)
         files = checkpoint.hashes(staging)
         checkpoint.flush_all(staging)
         checkpoint.publish(staging, self.folder.path / name)

@@ -104,8 +104,8 @@ def read_optimizer(optimizer: Any, rest: Mapping[str, Any], folder: Path) -> Non
     dcp.load(large, checkpoint_id=str(folder / PARTS))
     state = {index: dict(entry) for index, entry in rest["state"].items()}
     for name, tensor in large.items():
-        index, _, key = name.removeprefix(_OPTIMIZER).partition(".")
-        state[int(index)][key] = tensor
+        number, _, key = name.removeprefix(_OPTIMIZER).partition(".")
+        state[int(number)][key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
 
 

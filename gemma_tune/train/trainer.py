@@ -26,7 +26,14 @@ from gemma_tune.train.evaluate import Answer, Prompt
 from gemma_tune.train.session import RunFolder
 from gemma_tune.train.sharded_checkpoint import has_parts, read_optimizer, write_parts
 from gemma_tune.train.signals import Signals
-from gemma_tune.train.weights import load_weights, own_weights, write_config, write_weights
+from gemma_tune.train.weights import (
+    ADAPTER_FILE,
+    check_written,
+    load_weights,
+    own_weights,
+    write_config,
+    write_weights,
+)
 
 
 class Figures(Protocol):
@@ -341,6 +348,10 @@ class RunTrainer(Trainer):
         """The trained weights, on the process that saves, or in parts on each."""
         if not self._in_parts and (self.args.should_save or self.is_fsdp_enabled):
             write_weights(self.model, folder, writes=self.args.should_save)
+            if self.args.should_save and (folder / ADAPTER_FILE).is_file():
+                # The first step of a warm-up may have a learning rate of 0.
+                warmed = self.state.global_step > self.args.get_warmup_steps(self.state.max_steps) + 1
+                check_written(self.model, folder, moved=warmed)
 
     @property
     def _in_parts(self) -> bool:
@@ -358,9 +369,12 @@ class RunTrainer(Trainer):
             state = sharding.whole_optimizer_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, folder / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+            torch.save(self._scheduler().state_dict(), folder / SCHEDULER_NAME)
             if self._in_parts:
                 write_config(self.model, folder)
+
+    def _scheduler(self) -> Any:
+        return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (self.is_fsdp_enabled or has_parts(Path(checkpoint))):
@@ -372,7 +386,7 @@ class RunTrainer(Trainer):
             read_optimizer(self.optimizer, state, folder)
         else:
             sharding.load_optimizer_state(self.optimizer, state)
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        self._scheduler().load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load what `write_weights` wrote, every tensor of it and no other: the Trainer's own only warns."""

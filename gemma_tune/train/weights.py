@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_tune.errors import TrainingError
+from gemma_tune.models.lora import inspect_adapter
 from gemma_tune.models.reward import RewardModel
 from gemma_tune.models.roles import TRAINED, belongs
 from gemma_tune.plan.starts import REWARD_HEAD
@@ -51,6 +52,41 @@ def write_weights(model: Any, folder: Path, *, writes: bool = True) -> None:
         if writes:
             save_file(state, str(folder / MODEL_FILE), metadata={"format": "pt"})
             model.config.save_pretrained(str(folder))
+
+
+def check_written(model: Any, folder: Path, *, moved: bool, stacked: bool = False) -> None:
+    """Read an adapter again, as whoever loads it will, and compare it with what it is to be.
+
+    A sharded save that gathers nothing writes an empty file and ends well (peft 0.21 with FSDP's own activation
+    checkpointing; accelerate#4206, trl#4416).
+
+    Args:
+        model: whose adapter was written.
+        folder: an adapter in PEFT's form.
+        stacked: whether two adapters were written as one, whose ranks are added.
+        moved: whether the optimizer has made steps: some B must then have left zero.
+
+    Raises:
+        TrainingError: tensors are missing, left over, of another shape, not finite, or untrained.
+    """
+    state = load_file(str(folder / ADAPTER_FILE))
+    report = inspect_adapter(state, str(folder))
+    expected = own_weights(model.trunk if isinstance(model, RewardModel) else model)
+    odd = sorted(state.keys() ^ expected.keys())
+    if not odd and not stacked:
+        odd = [name for name, tensor in state.items() if tensor.shape != expected[name].shape]
+    if odd:
+        raise TrainingError(
+            f"{len(odd)} tensors of the saved adapter are not those of the model, e.g. {odd[0]}",
+            where=str(folder),
+            fix="report it: this is a bug, or PEFT has changed; the last checkpoint is intact",
+        )
+    if moved and report.matrices and not report.moved:
+        raise TrainingError(
+            "every B of the saved adapter is zero: nothing was trained",
+            where=str(folder),
+            fix="raise optim.learning_rate; if it is not tiny, report it",
+        )
 
 
 def write_config(model: Any, folder: Path) -> None:
