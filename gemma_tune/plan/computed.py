@@ -3,6 +3,7 @@ them. They are what `gemma-tune check` says of these recipes, and arithmetic on 
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,11 +156,12 @@ def break_even(one: Column) -> str:
 def rates() -> str:
     """The rates that the times are computed with, as a sentence."""
     rate = H100_NODES
-    return (
+    text = (
         f"Rates: {rate.flops / 1e12:.0f} TFLOP/s of a GPU, of which {rate.compute_share:.0%} are reached; "
         f"{rate.nvlink / 1e9:.0f} GB/s into a GPU over NVLink and {rate.network / 1e9:.0f} GB/s into a node over the "
         f"network, of which {rate.link_share:.0%} are reached."
     )
+    return textwrap.fill(text, 120)
 
 
 def _giga(size: float) -> str:

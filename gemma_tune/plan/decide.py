@@ -51,7 +51,7 @@ def decide(
     def fits_whole() -> bool:
         return fits(loaded, batch_of(None).work, machine)
 
-    sharding = choose_sharding(recipe, machine, launch, fits_whole)
+    sharding = choose_sharding(recipe, machine, precision, launch, fits_whole)
     if sharding.sharded:
         check_types(precision, quantization_choices(recipe, family, precision))
     return Decided(precision, sharding, batch_of(sharding))

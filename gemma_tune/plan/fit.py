@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Any
 
-from gemma_tune.errors import AccessError
+from gemma_tune.errors import AccessError, UserError
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Shape
 from gemma_tune.plan.choices_batch import gib
+from gemma_tune.plan.choices_model import Precision
 from gemma_tune.plan.decide import decide
 from gemma_tune.plan.machine import MACHINES, Launch, Machine
 from gemma_tune.plan.memory import estimate, total
-from gemma_tune.plan.sharding import Sharding
+from gemma_tune.plan.sharding import Sharding, obstacle
 from gemma_tune.plan.stages import continues, least_micro, written
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Plan
-from gemma_tune.recipe.rules import NOT_SHARDED
 from gemma_tune.recipe.rules_ppo import MIN_PROMPT
 from gemma_tune.recipe.schema import Adapter, Distributed, Recipe
 
@@ -65,11 +66,18 @@ def _settings(
 ) -> str:
     """Up to three settings that fit: single changes first, then the changes one on top of the other."""
 
-    def size(candidate: Recipe) -> int:
-        return needed(candidate, machine, shape, family, start, rewards, launch)
+    def size(candidate: Recipe) -> float:
+        try:
+            return needed(candidate, machine, shape, family, start, rewards, launch)
+        except UserError:  # what cannot be combined, such as fp16 and fsdp2, is no advice
+            return inf
 
-    sharding = decide(recipe, machine, shape, family, start, rewards, launch).sharding
-    steps = [*_changes(recipe, shape, family, sharding.sharded), *_sharing(recipe, machine, sharding)]
+    decided = decide(recipe, machine, shape, family, start, rewards, launch)
+    sharding = decided.sharding
+    sharing = list(_sharing(recipe, machine, decided.precision, sharding))
+    steps = [*sharing, *_changes(recipe, shape, family, sharding.sharded or bool(sharing))]
+    if sharding.sharded and machine.device == "cuda" and not sharding.offload:  # the slowest comes last
+        steps.append(("distributed.offload: true", {"distributed": {"offload": True}}))
     attempts = [[step] for step in steps] + [steps[:count] for count in range(2, len(steps) + 1)]
     fitting: list[str] = []
     for attempt in attempts:
@@ -81,14 +89,14 @@ def _settings(
     return "Settings that would fit: " + ", or ".join(fitting) + "." if fitting else ""
 
 
-def _sharing(recipe: Recipe, machine: Machine, sharding: Sharding) -> Iterator[tuple[str, dict[str, Any]]]:
+def _sharing(
+    recipe: Recipe, machine: Machine, precision: Precision, sharding: Sharding
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Ways to spread a run over its processes that need less of each."""
-    if sharding.strategy == "ddp" and recipe.stage not in NOT_SHARDED and recipe.model.quantization != "int8":
+    if sharding.strategy == "ddp" and machine.device == "cuda" and not obstacle(recipe, precision):
         yield "distributed.strategy: fsdp2", {"distributed": {"strategy": "fsdp2"}}
     if sharding.sharded and not sharding.reshard_after_forward:
         yield "distributed.reshard_after_forward: true", {"distributed": {"reshard_after_forward": True}}
-    if sharding.sharded and machine.device == "cuda" and not sharding.offload:
-        yield "distributed.offload: true", {"distributed": {"offload": True}}
 
 
 def _changes(recipe: Recipe, shape: Shape, family: Family, sharded: bool) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -54,15 +54,17 @@ def estimate(shape: Shape, work: Workload) -> tuple[MemoryTerm, ...]:
     """
     parameters = count(shape)
     weights = _weights(parameters, shape, work)
+    constants = [_constants(parameters, work)] if work.shards else []
     terms = [
-        *([_constants(parameters, work), *(part(term, work) for term in weights)] if work.shards else weights),
+        *constants,
+        *([part(term, work) for term in weights] if work.shards else weights),
         *_training(parameters, shape, work),
         *gathered(shape, parameters, work),
         *(_roles(parameters, shape, work, work.roles) if work.roles else ()),
         *max(phases(shape, work).values(), key=total),
         _overhead(work),
     ]
-    return tuple(term for term in [*terms, _loading(weights, terms, work)] if term.bytes)
+    return tuple(term for term in [*terms, _loading([*constants, *weights], terms, work)] if term.bytes)
 
 
 def _constants(parameters: Parameters, work: Workload) -> MemoryTerm:

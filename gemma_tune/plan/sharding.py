@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gemma_tune.errors import UserError
+from gemma_tune.errors import Problem, UserError
 from gemma_tune.gemma.families import Family, text_only
 from gemma_tune.plan.choices_model import Precision
 from gemma_tune.plan.machine import Launch, Machine
@@ -52,18 +52,22 @@ SHARDED_OPTIMIZERS = ("auto", "adamw_torch")
 (tests/seams/test_sharding.py)."""
 
 
-def choose_sharding(recipe: Recipe, machine: Machine, launch: Launch, fits_whole: Callable[[], bool]) -> Sharding:
+def choose_sharding(
+    recipe: Recipe, machine: Machine, precision: Precision, launch: Launch, fits_whole: Callable[[], bool]
+) -> Sharding:
     """What `distributed` of the recipe comes to under this launch.
 
     Args:
         recipe, machine: as in `make_plan`.
+        precision: the types of the run.
         launch: what the launcher says.
         fits_whole: tells whether a whole copy fits each device; only asked where that decides.
 
     Raises:
         UserError: the processes cannot be grouped as asked, or this stage or device cannot be sharded.
     """
-    strategy, why = _strategy(recipe, machine, launch, fits_whole)
+    against = obstacle(recipe, precision)
+    strategy, why = _strategy(recipe, machine, launch, against, fits_whole)
     replicas, shards = 1, launch.world_size
     if strategy == "hsdp":
         replicas, shards, why = _groups(recipe, launch, why)
@@ -72,8 +76,15 @@ def choose_sharding(recipe: Recipe, machine: Machine, launch: Launch, fits_whole
         replicas, shards = launch.world_size, 1
     sharded = strategy in ("fsdp2", "hsdp")
     offload = sharded and _asked(recipe, "offload", launch.offload)
-    if sharded:
-        _check_can_shard(recipe, machine, offload, why)
+    if sharded and against:
+        raise UserError(f"{against.what} ({why})", where=against.where, fix=against.fix)
+    if offload and machine.device == "cpu":
+        raise UserError(
+            "offload keeps parameters in CPU memory, and on a CPU they are there (accelerate fails: Cannot access "
+            "accelerator device)",
+            where="distributed.offload",
+            fix="remove distributed.offload",
+        )
     return Sharding(
         strategy=strategy,
         replicas=replicas,
@@ -87,7 +98,7 @@ def choose_sharding(recipe: Recipe, machine: Machine, launch: Launch, fits_whole
 
 
 def _strategy(
-    recipe: Recipe, machine: Machine, launch: Launch, fits_whole: Callable[[], bool]
+    recipe: Recipe, machine: Machine, launch: Launch, against: Problem | None, fits_whole: Callable[[], bool]
 ) -> tuple[Literal["single", "ddp", "fsdp2", "hsdp"], str]:
     asked = recipe.distributed.strategy
     if asked == "ddp" and launch.world_size == 1:
@@ -102,8 +113,8 @@ def _strategy(
         return "single", "one process"
     if machine.device == "cpu":
         return "ddp", "auto, on a CPU: sharding there is slow, and for tests; distributed.strategy: fsdp2 asks for it"
-    if recipe.stage in NOT_SHARDED:
-        return "ddp", f"auto: {recipe.stage} is not sharded"
+    if against:
+        return "ddp", f"auto: {against.what.partition(':')[0]}"
     if fits_whole():
         return "ddp", "auto: a whole copy fits each device, and only gradients need to be sent"
     return "fsdp2", "auto: a whole copy does not fit each device"
@@ -140,37 +151,36 @@ def _asked(recipe: Recipe, key: str, launched: Any) -> Any:
     return own.value if own.reason == "recipe" or launched is None else launched
 
 
-def _check_can_shard(recipe: Recipe, machine: Machine, offload: bool, why: str) -> None:
-    """Refuse what does not work in parts. What the recipe itself asks for, `recipe.rules` has refused with its line.
+def obstacle(recipe: Recipe, precision: Precision) -> Problem | None:
+    """Why a run of `recipe` cannot be sharded, with the key to change; None where it can.
 
-    Raises:
-        UserError: with the key to change.
+    What the recipe itself asks for, `recipe.rules` has refused with its line.
     """
     if recipe.stage in NOT_SHARDED:
-        raise UserError(
-            f"stage {recipe.stage} is not sharded: {NOT_SHARDED[recipe.stage]} ({why})",
-            where="distributed.strategy",
-            fix="set distributed.strategy: ddp",
+        return Problem(
+            f"stage {recipe.stage} is not sharded: {NOT_SHARDED[recipe.stage]}",
+            "distributed.strategy",
+            "set distributed.strategy: ddp",
         )
     if recipe.model.quantization == "int8":
-        raise UserError(
+        return Problem(
             "int8 weights cannot be sharded: their scales are attributes of the tensor, which its parts do not have",
-            where="model.quantization",
-            fix="set model.quantization: nf4 or none, or distributed.strategy: ddp",
+            "model.quantization",
+            "set model.quantization: nf4 or none, or distributed.strategy: ddp",
         )
     if recipe.optim.optimizer not in SHARDED_OPTIMIZERS:
-        raise UserError(
+        return Problem(
             f"{recipe.optim.optimizer} cannot take a step on sharded parameters: its kernels know no parts",
-            where="optim.optimizer",
-            fix="set optim.optimizer: adamw_torch, or distributed.strategy: ddp",
+            "optim.optimizer",
+            "set optim.optimizer: adamw_torch, or distributed.strategy: ddp",
         )
-    if offload and machine.device == "cpu":
-        raise UserError(
-            "offload keeps parameters in CPU memory, and on a CPU they are there (accelerate fails: Cannot access "
-            "accelerator device)",
-            where="distributed.offload",
-            fix="remove distributed.offload",
+    if precision.compute == "float16":
+        return Problem(
+            "fp16 cannot be sharded: packed weights would be rounded like numbers, and the loss scaler sees one part",
+            "model.precision",
+            "set model.precision: fp32 (bf16 on Ampere or newer), or distributed.strategy: ddp",
         )
+    return None
 
 
 def parameter_type(precision: Precision) -> str:
@@ -185,15 +195,8 @@ def check_types(precision: Precision, quantization: dict[str, Choice]) -> None:
     of 131,072 bytes 129,526 changed with fp16 storage under bf16, without a word.
 
     Raises:
-        UserError: fp16, whose loss scaling accelerate does not shard.
         ValueError: the plan contradicts itself.
     """
-    if precision.compute == "float16":
-        raise UserError(
-            "fp16 cannot be sharded: packed weights would be rounded like numbers, and the loss scaler sees one part",
-            where="model.precision",
-            fix="set model.precision: fp32 (bf16 on Ampere or newer), or distributed.strategy: ddp",
-        )
     storage = quantization.get("bnb_4bit_quant_storage")
     if storage is not None and storage.value != parameter_type(precision):
         raise ValueError(f"packed weights are stored as {storage.value} and gathered as {parameter_type(precision)}")

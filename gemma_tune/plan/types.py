@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,8 +60,8 @@ class Plan:
     refusal: str = ""
 
     def values(self, section: str) -> dict[str, Any]:
-        """The bare values of one section, to hand to the library: `plan.values("trainer")`."""
-        return {key: choice.value for key, choice in getattr(self, section).items()}
+        """The bare values of one section, `plan.values("trainer")`: copies, since libraries write into what they get."""
+        return {key: deepcopy(choice.value) for key, choice in getattr(self, section).items()}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

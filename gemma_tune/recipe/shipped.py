@@ -41,7 +41,11 @@ class Shipped:
     measured: str = ""
 
 
-def shipped_folder(name: Literal["recipes", "data", "accelerate_configs"]) -> Path:
+Folder = Literal["recipes", "data", "accelerate_configs"]
+"""What is shipped beside the code. The wheel has each under `_` and its name."""
+
+
+def shipped_folder(name: Folder) -> Path:
     """The folder of the shipped recipes, of the sample rows, or of accelerate's files.
 
     Raises:

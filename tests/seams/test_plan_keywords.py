@@ -31,6 +31,9 @@ PLANS = {
     "recomputed": {"memory.gradient_checkpointing": True},
     "gemma 2": {"model.name": "google/gemma-2-2b"},
     "gemma 3n": {"model.name": "google/gemma-3n-E2B"},
+    "fsdp2": {"distributed.strategy": "fsdp2", "model.quantization": "none", "memory.gradient_checkpointing": True},
+    "fsdp2, sharded": {"distributed.strategy": "fsdp2", "distributed.checkpoint": "sharded", "model.precision": "fp32"},
+    "fsdp2, all weights": FULL | {"distributed.strategy": "fsdp2", "distributed.reshard_after_forward": False},
     "advanced": {"advanced.trainer": {"neftune_noise_alpha": 5.0}},
     "reward": {"stage": "reward"},
     "reward with margins": {"stage": "reward", "reward.margin": "score", "reward.center": 0},
@@ -75,6 +78,11 @@ def test_the_config_takes_the_values(changes, machine, tmp_path):
         config = config_of(plan.stage)(**values)
     for key, value in values.items():
         held = getattr(config, key)
+        if key == "fsdp_config":  # defaults are added to it
+            value = plan.values("trainer")[key]
+            held = {name: held[name] for name in value}
+        elif key == "accelerator_config":
+            held = {name: getattr(held, name) for name in value}
         assert held == value or (key, held) == ("report_to", []), f"{key} became {held!r}"
     assert config.gradient_checkpointing == values["activation_checkpointing"]
 

@@ -103,7 +103,7 @@ def test_the_world_size_of_the_launcher_counts(monkeypatch, capsys):
     seen = []
     monkeypatch.setenv("WORLD_SIZE", "2")
 
-    def glance(environment, world_size):
+    def glance(environment, world_size, nodes):
         seen.append(world_size)
         return Machine("two", "cuda", 2, 2**35, True, (8, 0), True, world_size)
 

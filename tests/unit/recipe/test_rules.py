@@ -207,3 +207,54 @@ def test_a_home_folder_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert read("dpo", model=", adapter: ~/runs/sft").model.adapter == "/home/me/runs/sft"
     assert "text that is not empty" in findings("dpo", model=', adapter: ""')[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "distributed", "said"),
+    [
+        (
+            "sft",
+            "{strategy: ddp, checkpoint: sharded}",
+            "r.yaml:5: distributed.checkpoint (line 5) is for sharded weights, but with distributed.strategy: ddp",
+        ),
+        ("sft", "{strategy: ddp, offload: true}", "distributed.offload (line 5) is for sharded weights"),
+        ("sft", "{strategy: ddp, reshard_after_forward: false}", "distributed.reshard_after_forward (line 5) is for"),
+        ("sft", "{replicas: 2}", "distributed.replicas: 2 (line 5) is for groups that each hold the whole model"),
+        ("sft", "{strategy: fsdp2, replicas: 2}", "but there is distributed.strategy: fsdp2 (line 5)"),
+        ("kto", "{strategy: fsdp2}", "but stage: kto (line 1) is not sharded: its KL rows"),
+        ("ppo", "{strategy: hsdp}", "but stage: ppo (line 1) is not sharded: its roles"),
+    ],
+)
+def test_how_processes_share_a_run(stage: str, distributed: str, said: str) -> None:
+    more = f"distributed: {distributed}\n" + ("ppo: {reward: runs/reward}\n" if stage == "ppo" else "")
+    assert any(said in finding for finding in findings(stage, more))
+
+
+@pytest.mark.parametrize(
+    "distributed",
+    [
+        "{strategy: ddp, checkpoint: full, offload: false}",
+        "{strategy: hsdp, replicas: 2, checkpoint: sharded, offload: true}",
+        "{checkpoint: sharded, timeout: 0.5}",
+    ],
+)
+def test_what_processes_may_share(distributed: str) -> None:
+    read("sft", f"distributed: {distributed}\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("fsdp", "distributed.strategy"),
+        ("fsdp_config", "distributed"),
+        ("deepspeed", "distributed.strategy"),
+        ("ddp_timeout", "distributed.timeout"),
+        ("parallelism_config", "distributed.replicas"),
+    ],
+)
+def test_what_trainers_call_it(key: str, ours: str) -> None:
+    assert f"it is called {ours} here" in findings("sft", f"{key}: 1\n")[0]
+    assert (
+        f"advanced.trainer.{key} (line 5) repeats what {ours}"
+        in findings("sft", f"advanced: {{trainer: {{{key}: 1}}}}\n")[0]
+    )

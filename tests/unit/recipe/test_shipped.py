@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -16,6 +17,7 @@ from gemma_tune.recipe import shipped, yaml
 from gemma_tune.recipe.reader import read_recipe, read_recipe_text, recipe_schema
 from gemma_tune.recipe.schema import Ppo
 from gemma_tune.recipe.shipped import (
+    Folder,
     copy_shipped,
     find_shipped,
     read_header,
@@ -188,11 +190,11 @@ def test_a_sample_is_found_by_its_name() -> None:
     assert "ultrachat_200k" in error.value.problems[0].fix
 
 
-def test_the_wheel_carries_the_recipes_and_the_samples() -> None:
+def test_the_wheel_carries_what_is_shipped() -> None:
     import tomllib
 
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"] == {"recipes": "gemma_tune/_recipes", "data": "gemma_tune/_data"}
+    assert wheel["force-include"] == {name: f"gemma_tune/_{name}" for name in get_args(Folder)}
 
 
 def test_the_recipes_of_the_readme_are_read() -> None:

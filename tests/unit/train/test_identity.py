@@ -58,6 +58,7 @@ def test_the_same_plan_has_no_difference() -> None:
         (changed("trainer", max_steps=9), "trainer.max_steps: -1 -> 9"),
         (changed("trainer", gradient_accumulation_steps=8), "batch.size: 8 -> 16"),
         (changed("trainer", weight_decay=0.1), "trainer.weight_decay: null -> 0.1"),
+        (changed("trainer", accelerator_config={}), "trainer.accelerator_config: null -> {}"),
         (changed("model", dtype="float32"), 'model.dtype: "bfloat16" -> "float32"'),
         (changed("quantization", load_in_4bit=False), "quantization.load_in_4bit: true -> false"),
         (changed("lora", r=8), "lora.r: 16 -> 8"),
@@ -78,6 +79,8 @@ def test_other_data_or_another_base_are_listed() -> None:
     [
         changed("trainer", output_dir="runs/y", logging_steps=10),
         changed("trainer", per_device_train_batch_size=8, gradient_accumulation_steps=1),
+        changed("trainer", fsdp=True, fsdp_config={"version": 2}, ddp_timeout=60),
+        changed("trainer", accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}}),
         changed("model", attn_implementation="eager"),
         changed("data", workers=4),
         changed("session", output="runs/y"),
