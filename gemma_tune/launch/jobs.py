@@ -76,7 +76,7 @@ def render_job(job: Job, recipe: Recipe, text: str) -> str:
     Raises:
         UserError: options that the scheduler has no place for, or that it needs and were not given.
     """
-    _check_options(job)
+    _check_options(job, recipe)
     values = {
         "name": job_name(recipe.output),
         "nodes": str(job.nodes),
@@ -84,7 +84,8 @@ def render_job(job: Job, recipe: Recipe, text: str) -> str:
         "workers": str(job.nodes * job.gpus),
         "cpus": str(CPUS_A_GPU * job.gpus),
         "stage": recipe.stage,
-        "recipe": job.recipe,
+        # It stands in comments, which it must not end.
+        "recipe": re.sub(r"[^\w ./+,=@-]", "?", job.recipe),
     }
     make = {"slurm": _slurm, "kubeflow": _kubeflow, "skypilot": _skypilot, "ray": _ray}[job.template]
     values |= make(job, recipe, text)
@@ -117,7 +118,7 @@ def seconds_of(time: str) -> int:
     return ((days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
 
 
-def _check_options(job: Job) -> None:
+def _check_options(job: Job, recipe: Recipe) -> None:
     given = {name for name in ("time", "gpu", "image", "volume") if getattr(job, name) is not None}
     problems = [
         Problem(f"{job.template} has no place for it", f"--{name}", f"leave --{name} out")
@@ -134,6 +135,14 @@ def _check_options(job: Job) -> None:
     if job.template == "skypilot" and job.nodes > 1 and "volume" not in given:
         problems.append(
             Problem("is needed: all nodes read the run folder", "--volume", "--volume s3://BUCKET, or one node")
+        )
+    if job.template == "ray" and not Path(recipe.output).is_absolute():
+        problems.append(
+            Problem(
+                f"{recipe.output} would lie in a folder that Ray makes on each machine and removes",
+                "output",
+                f"output=/STORAGE/{recipe.output}, where all machines see it",
+            )
         )
     if job.time is not None:
         seconds_of(job.time)
