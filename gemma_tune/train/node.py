@@ -23,9 +23,7 @@ GRACE_SECONDS = 10.0
 """How long a process that has nothing to say stays when another one failed. Launchers end all processes when the first
 one leaves, also the one whose message is still on its way."""
 
-_FAILED = "failed"
 _TOLD = "told"
-_FIRST = "first"
 
 
 class Node:
@@ -54,29 +52,29 @@ class Node:
         try:
             yield
         except BaseException as exc:
-            for key in self._own_keys():
-                self._set(key, {_FAILED: exit_code_of(exc)})
+            for place in self._own_places():
+                self._set(f"{place}/failed", {"code": exit_code_of(exc)})
             if isinstance(exc, Stopped) and self._has(_TOLD):
                 raise SystemExit(exc.exit_code) from None  # ended by the launcher, because another gave up waiting
             raise
 
     def does(self, what: str) -> None:
         """Say what is being done: `reads and tokenises the data`. It is told to whoever has waited too long."""
-        for key in self._own_keys():
-            self._set(f"{key}/doing", {"rank": self.rank, "host": socket.gethostname(), "what": what})
+        for place in self._own_places():
+            self._set(f"{place}/doing", {"rank": self.rank, "host": socket.gethostname(), "what": what})
 
-    def hand_over(self, made: Mapping[str, Any]) -> None:
-        """End the wait of the others. `made` is what they get: JSON."""
-        self._set(f"node/{self.name}", dict(made))
+    def hand_over(self, name: str, made: Mapping[str, Any]) -> None:
+        """End the wait of the others for what is called `name`. `made` is what they get: JSON."""
+        self._set(f"node/{self.name}/{name}", made)
 
-    def take(self) -> dict[str, Any]:
-        """What the process that leads this node handed over, once it has.
+    def take(self, name: str) -> dict[str, Any]:
+        """What the process that leads this node handed over as `name`, once it has.
 
         Raises:
             AccessError: it took longer than the others wait; one process of all says so.
             SystemExit: it failed, and has said why; or another process says that it waited too long.
         """
-        return self._wait(f"node/{self.name}")
+        return self._wait(f"node/{self.name}", name)
 
     def agree_on(self, fingerprint: str) -> None:
         """Compare the data with that of the first process of all, which may have read files of another disk.
@@ -86,11 +84,12 @@ class Node:
             AccessError, SystemExit: as `take`.
         """
         if self.rank == 0:
-            self._set(_FIRST, {"fingerprint": fingerprint})
+            self._set("first/data", {"fingerprint": fingerprint})
             return
         if not self.leads:
             return
-        first = self._wait(_FIRST)["fingerprint"]
+        self.does("waits for process 0, to compare the data")
+        first = self._wait("first", "data")["fingerprint"]
         if first != fingerprint:
             raise UserError(
                 f"the data of process {self.rank} on {socket.gethostname()} is not that of process 0 "
@@ -102,19 +101,20 @@ class Node:
 
     # --- the store ----------------------------------------------------------------------------------------------------
 
-    def _wait(self, key: str) -> dict[str, Any]:
-        """The value of `key` once it is there. Polled, so that signals are heard meanwhile."""
+    def _wait(self, place: str, name: str) -> dict[str, Any]:
+        """The value of `name` once it is there. Polled, so that signals are heard meanwhile."""
         from torch.distributed import DistError
 
         begun = time.monotonic()
         try:
-            while (found := self._get(key)) is None:
+            while (found := self._get(f"{place}/{name}")) is None:
+                if (failed := self._get(f"{place}/failed")) is not None:
+                    self._leave(failed["code"])
                 if time.monotonic() - begun > self.minutes * 60:
-                    raise self._too_long(f"{key}/doing")
+                    raise self._too_long(f"{place}/doing")
                 time.sleep(POLL_SECONDS)
         except Stopped as exc:  # by the launcher, perhaps because that process failed: then it has the word
-            found = self._get(key)
-            if found is None or _FAILED not in found:
+            if self._get(f"{place}/failed") is None:
                 raise
             raise SystemExit(exc.exit_code) from None
         except DistError as exc:
@@ -122,8 +122,6 @@ class Node:
                 f"process {self.rank} has lost process 0, through which all speak to each other",
                 fix="see what process 0 or its node said last",
             ) from exc
-        if _FAILED in found:
-            self._leave(found[_FAILED])
         return found
 
     def _too_long(self, doing: str) -> AccessError:
@@ -146,15 +144,15 @@ class Node:
             time.sleep(GRACE_SECONDS)
         raise SystemExit(code)
 
-    def _own_keys(self) -> list[str]:
-        """Under which others wait for this process: those of its node, and of process 0 the other nodes."""
-        return [f"node/{self.name}", *([_FIRST] if self.rank == 0 else [])]
+    def _own_places(self) -> list[str]:
+        """Where others wait for this process: those of its node, and for process 0 the other nodes."""
+        return [f"node/{self.name}", *(["first"] if self.rank == 0 else [])]
 
     def _key(self, name: str) -> str:
         return f"{self._turn}/{name}"
 
     def _set(self, name: str, value: Mapping[str, Any]) -> None:
-        self._store.set(self._key(name), json.dumps(value))
+        self._store.set(self._key(name), json.dumps(dict(value)))
 
     def _has(self, name: str) -> bool:
         return bool(self._store.check([self._key(name)]))

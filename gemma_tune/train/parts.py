@@ -6,11 +6,13 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from rich.console import Console
 
 from gemma_tune.data.build import Prepared
@@ -23,7 +25,7 @@ from gemma_tune.models.tokenizer import GemmaEncoder, open_tokenizer
 from gemma_tune.plan.types import Plan
 from gemma_tune.train import library
 from gemma_tune.train.checkpoint import Damaged, disk_errors
-from gemma_tune.train.node import node_of
+from gemma_tune.train.node import Node, node_of
 
 Prepare = Callable[..., Prepared[Any]]
 """(family, encoder, keywords of the plan's data section) -> rows."""
@@ -35,13 +37,11 @@ class Parts:
 
     Attributes:
         source: the base's folder, with its weights.
-        spoken: the folder of the tokenizer, which may be another model's.
-        tokenizer, encoder: what was read there.
+        tokenizer, encoder: of the base, or of what the recipe names.
         data: its rows, mapped into memory where they are shared.
     """
 
     source: ModelSource
-    spoken: ModelSource
     tokenizer: Any
     encoder: GemmaEncoder
     data: Prepared[Any]
@@ -55,51 +55,52 @@ def fetch(plan: Plan, prepare: Prepare, console: Console) -> Parts:
         SystemExit: another process failed and says why.
     """
     node = node_of(plan)
-    if node is None:
-        return fetch_alone(plan, prepare, console)[0]
-    if not node.leads:
-        return taken(plan, prepare, node.take())
-    with node.leading():
-        parts, folder = fetch_alone(plan, prepare, console, does=node.does)
-        if folder is None and not plan.values("data").get("streaming"):
-            node.does("writes the data for the other processes")
-            folder = shared_folder(parts.data)
-            parts = replace(parts, data=read_prepared(folder))
-        node.agree_on(parts.data.fingerprint)
-        folders = {"spoken": parts.spoken.path, "data": folder, "path": parts.source.path}
-        made = {name: str(path) if path else None for name, path in folders.items()}
-        node.hand_over(made | {"revision": parts.source.revision})
-        return parts
+    if node is not None and not node.leads:
+        return taken(plan, prepare, node)
+    with node.leading() if node else nullcontext():
+        return made(plan, prepare, console, node)
 
 
-def fetch_alone(
-    plan: Plan, prepare: Prepare, console: Console, does: Callable[[str], None] = lambda what: None
-) -> tuple[Parts, Path | None]:
-    """What one process does for all, and the folder of the data where it was prepared before."""
+def made(plan: Plan, prepare: Prepare, console: Console, node: Node | None) -> Parts:
+    """The parts, fetched by this process; those of `node` that wait get each as soon as it is there."""
     family, chosen = FAMILIES[plan.family], plan.values("model")
-    does("fetches the tokenizer")
+    say = node.does if node else lambda what: None
+    say("fetches the tokenizer")
     other = chosen.get("tokenizer")
     spoken = resolve(other or chosen["name"], None if other else chosen.get("revision"), need="tokenizer")
+    if node:
+        node.hand_over("tokenizer", {"path": str(spoken.path)})
     tokenizer = open_tokenizer(spoken, family)
     encoder = GemmaEncoder(tokenizer, family)
-    does("reads and tokenises the data")
+    say("reads and tokenises the data")
     kept = prepared_before(prepare, family, encoder.sha256, plan.values("data"), console)
     data = kept.prepared if kept else prepare(family, encoder, **plan.values("data"))
-    does("fetches the weights")
+    folder = kept.folder if kept else None
+    if node:
+        if folder is None and not plan.values("data").get("streaming"):
+            say("writes the data for the other processes")
+            folder = shared_folder(data)
+            data = read_prepared(folder)
+            pyarrow.default_memory_pool().release_unused()  # what was built lies in the folder now
+        node.agree_on(data.fingerprint)
+        node.hand_over("data", {"path": str(folder) if folder else None})
+    say("fetches the weights")
     source = resolve(chosen["name"], chosen.get("revision"))
-    return Parts(source, spoken, tokenizer, encoder, data), kept.folder if kept else None
+    if node:
+        node.hand_over("weights", {"path": str(source.path), "revision": source.revision})
+    return Parts(source, tokenizer, encoder, data)
 
 
-def taken(plan: Plan, prepare: Prepare, made: dict[str, Any]) -> Parts:
-    """The parts that another process of this machine fetched. Nothing is downloaded; a stream everybody reads."""
-    family, name = FAMILIES[plan.family], plan.values("model")["name"]
-    folder = made["data"]
-    shared = read_prepared(Path(folder)) if folder else None  # first: what is mapped outlives its folder
-    spoken = ModelSource(plan.values("model").get("tokenizer") or name, Path(made["spoken"]), None)
-    tokenizer = open_tokenizer(spoken, family)
+def taken(plan: Plan, prepare: Prepare, node: Node) -> Parts:
+    """The parts that another process of this machine fetches. Nothing is downloaded; a stream everybody reads."""
+    family, chosen = FAMILIES[plan.family], plan.values("model")
+    path = Path(node.take("tokenizer")["path"])
+    tokenizer = open_tokenizer(ModelSource(chosen.get("tokenizer") or chosen["name"], path, None), family)
     encoder = GemmaEncoder(tokenizer, family)
-    data = shared or prepare(family, encoder, **plan.values("data"))
-    return Parts(ModelSource(name, Path(made["path"]), made["revision"]), spoken, tokenizer, encoder, data)
+    folder = node.take("data")["path"]
+    data = read_prepared(Path(folder)) if folder else prepare(family, encoder, **plan.values("data"))
+    weights = node.take("weights")
+    return Parts(ModelSource(chosen["name"], Path(weights["path"]), weights["revision"]), tokenizer, encoder, data)
 
 
 def prepared_before(

@@ -60,8 +60,10 @@ for root in ("nowhere", library):
     rows = parts.data.train
     mapped = all(os.path.exists(file["filename"]) for file in rows.cache_files) and bool(rows.cache_files)
     found.append([parts.data.fingerprint, rows.to_list(), parts.data.report.to_json(), mapped, parts.encoder.sha256])
+sections["data"]["streaming"] = True
+streamed = fetch(plan, build, Console()).data.fingerprint
 with open(f"{out}-{os.environ['RANK']}", "w") as file:
-    json.dump([os.getpid(), found], file)
+    json.dump([os.getpid(), found, streamed], file)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -140,11 +142,14 @@ def test_one_of_two_processes_tokenises_and_none_where_it_was_prepared(recipe: s
     arguments = [recipe, str(library), str(tmp_path / "found")]
     code, _, error, _ = launch(str(tmp_path / "worker.py"), *arguments, TMPDIR=str(scratch))
     assert code == 0, error
-    (first, found), (_, others) = (json.loads((tmp_path / f"found-{rank}").read_text()) for rank in (0, 1))
-    assert calls(tmp_path) == [str(os.getpid()), str(first)]
+    read = [json.loads((tmp_path / f"found-{rank}").read_text()) for rank in (0, 1)]
+    (first, found, streamed), (second, others, _) = read
+    assert calls(tmp_path)[:2] == [str(os.getpid()), str(first)]
     assert found == others, "both processes hold the same"
     unprepared, prepared = found
     assert unprepared == prepared and prepared[3], "mapped from a file each time"
+    assert calls(tmp_path)[2:] == [str(first), str(second)], "a stream is read by everybody"
+    assert read[1][2] == streamed
     assert not list(scratch.glob("gemma-tune-data-*")), "the shared folder goes with the process that made it"
 
 

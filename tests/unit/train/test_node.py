@@ -40,13 +40,13 @@ def test_each_node_gets_what_its_own_first_process_made() -> None:
     crew = Crew()
     for number in range(2):  # the second run of the same processes does not meet the first one's
         nodes = crew.turn()
-        assert not nodes[1]._has("node/0")
+        assert not nodes[1]._has("node/0/data")
         for leader in (nodes[0], nodes[2]):
             with leader.leading():
                 leader.does("reads")
                 leader.agree_on("equal")
-                leader.hand_over({"folder": f"{number} {leader.name}"})
-        assert [nodes[rank].take() for rank in (1, 3)] == [{"folder": f"{number} 0"}, {"folder": f"{number} 1"}]
+                leader.hand_over("data", {"folder": f"{number} {leader.name}"})
+        assert [nodes[rank].take("data") for rank in (1, 3)] == [{"folder": f"{number} 0"}, {"folder": f"{number} 1"}]
 
 
 def test_a_failure_is_said_by_whom_it_happened_to_and_the_others_leave_quietly() -> None:
@@ -54,12 +54,12 @@ def test_a_failure_is_said_by_whom_it_happened_to_and_the_others_leave_quietly()
     with pytest.raises(UserError, match="row 7"), nodes[0].leading():
         raise UserError("row 7 is bad")
     with pytest.raises(SystemExit) as left:
-        nodes[1].take()
+        nodes[1].take("data")
     assert left.value.code == 2
     with pytest.raises(SystemExit), nodes[2].leading():
         nodes[2].agree_on("own")
     with pytest.raises(SystemExit):
-        nodes[3].take()
+        nodes[3].take("data")
 
 
 def test_data_of_another_node_that_differ_are_refused() -> None:
@@ -75,7 +75,7 @@ def test_who_waits_too_long_says_for_whom_and_what_and_only_one_says_it() -> Non
     with pytest.raises(
         AccessError, match="process 3 has waited 0 minutes for the first process of its node, which has"
     ):
-        nodes[3].take()
+        nodes[3].take("data")
     nodes = Crew(minutes=0.0).turn()
     nodes[0].does("reads and tokenises the data")
     with pytest.raises(AccessError) as told:
@@ -85,7 +85,7 @@ def test_who_waits_too_long_says_for_whom_and_what_and_only_one_says_it() -> Non
     assert problem.what.endswith("which still reads and tokenises the data")
     assert problem.where == "distributed.timeout" and "gemma-tune data prepare RECIPE" in problem.fix
     with pytest.raises(SystemExit) as left:
-        nodes[1].take()
+        nodes[1].take("data")
     assert left.value.code == 3
     # The launcher then ends the one that was waited for: it has nothing to add.
     with pytest.raises(SystemExit) as left, nodes[0].leading():
@@ -100,12 +100,12 @@ def test_a_signal_is_heard_while_waiting(monkeypatch: pytest.MonkeyPatch, failed
 
     def stop(seconds: float) -> None:
         if failed:
-            nodes[0]._set("node/0", {"failed": 2})
+            nodes[0]._set("node/0/failed", {"code": 2})
         raise Stopped("stopped by SIGTERM")
 
     monkeypatch.setattr(time, "sleep", stop)
     with pytest.raises(SystemExit if failed else Stopped):
-        nodes[1].take()
+        nodes[1].take("data")
 
 
 def test_a_lost_store_is_no_bug_of_ours() -> None:
@@ -117,7 +117,7 @@ def test_a_lost_store_is_no_bug_of_ours() -> None:
             raise dist.DistNetworkError("Failed to recv, got 0 bytes")
 
     with pytest.raises(TrainingError, match="process 1 has lost process 0"):
-        Node(Lost(), rank=1, leads=False, name="0", minutes=1).take()
+        Node(Lost(), rank=1, leads=False, name="0", minutes=1).take("data")
 
 
 @pytest.mark.parametrize(
