@@ -19,7 +19,7 @@ with open("pyproject.toml", "rb") as file:
 PY
 )"
 mapfile -t wanted <<<"$names"
-"${pip[@]}" -c constraints-tpu.txt "${wanted[@]}" ${LIBTPU:+"libtpu"}
+"${pip[@]}" -c constraints-tpu.txt "${wanted[@]}" ${LIBTPU:+"jax[tpu]"}
 # Without what they ask for, which is torch and another transformers: of gemma-tune the parts without torch are used, of
 # TRL the chat templates.
 "${pip[@]}" --no-deps -c constraints-tpu.txt "trl>=1.16,<1.17"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +47,7 @@ def sft(recipe: str, overrides: Sequence[str], mesh: str | None, resume: Resume)
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)
     family, shape = model_facts(read.model.name, read.model.revision)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no torch
     import jax
 
     from gemma_tune.tpu.plan import make_tpu_plan, read_mesh

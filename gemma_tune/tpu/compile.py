@@ -20,6 +20,14 @@ from gemma_tune.tpu.plan import Mesh, Topology
 from gemma_tune.tpu.step import CHUNK, make_step, optimizer, split
 
 
+_WITHOUT_CHIPS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
 def memory_of(plan: Plan, shape: Shape, topology: Topology) -> dict[str, Any]:
     """`terms` (name -> bytes a chip), their sum `bytes`, whether it `fits`, and the `seconds` of the compilation.
 
@@ -28,7 +36,10 @@ def memory_of(plan: Plan, shape: Shape, topology: Topology) -> dict[str, Any]:
     """
     if find_spec("libtpu") is None:
         raise AccessError("the compiler for TPUs is missing", fix="make setup-tpu LIBTPU=1 (about 200 MB)")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # it would ask the metadata server of a cloud machine, for minutes
+    # Otherwise libtpu asks the metadata server of a cloud machine, for minutes, and JAX looks for chips.
+    for name, value in _WITHOUT_CHIPS.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)

@@ -35,7 +35,10 @@ Read = Callable[[str, tuple[int, ...]], Any]
 
 
 class Noise(nnx.Variable):
-    """The random key of a pass, one for all layers; each map folds its own number in."""
+    """The random keys of a pass, one a row; each map folds its own number in.
+
+    A key a row, so that the same row loses the same inputs however many rows and chips share a pass.
+    """
 
 
 class Frozen(nnx.Variable):
@@ -58,7 +61,7 @@ class Linear(nnx.Module):
         self.noise = noise
 
     def __call__(self, x: Any) -> Any:
-        """[..., in] -> [..., out], in the type of x."""
+        """[B, T, in] -> [B, T, out], in the type of x."""
         weight = self.weight[...]
         if self.constants is not None:
             packed = qwix.QArray(qvalue=weight, scale=self.constants[...], qtype="nf4")
@@ -68,8 +71,8 @@ class Linear(nnx.Module):
             return y
         seen = x.astype(jnp.float32)
         if self.training and self.dropout:
-            key = jax.random.fold_in(self.noise[...], self.number)
-            kept = jax.random.bernoulli(key, 1 - self.dropout, seen.shape)
+            keys = jax.vmap(jax.random.fold_in, (0, None))(self.noise[...], self.number)
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, seen.shape[1:]))(keys)
             seen = jnp.where(kept, seen / (1 - self.dropout), 0.0)
         update = jnp.einsum("...i,ri->...r", seen, self.a[...])
         update = jnp.einsum("...r,or->...o", update, self.b[...])
@@ -200,7 +203,7 @@ def build(
     remat = module.RematConfig.DECODER if recompute else module.RematConfig.NONE
     model = nnx.eval_shape(lambda: make(shape, config, remat))
     _check(model, shape, config)
-    noise = Noise(jax.random.key(0))  # `step.split` takes it out, and each pass brings its own
+    noise = Noise(jax.random.key(0)[None])  # `step.split` takes it out, and each pass brings its own
     names = dict(_NORMS[family.name])
     for index, layer in enumerate(model.layers):
         _fill_layer(layer, index, shape, builder, noise, names)
@@ -287,7 +290,7 @@ def _check(model: Any, shape: Shape, config: Mapping[str, Any]) -> None:
     rope = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta", 1e4)
     wrong = {
         "query_pre_attn_scalar": not math.isclose(scalar, said**-0.5),
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6) != 1e-6,
+        "rms_norm_eps": not math.isclose(config.get("rms_norm_eps", 1e-6), 1e-6, rel_tol=1e-6),
         "hidden_activation": (config.get("hidden_activation") or "gelu_pytorch_tanh") != "gelu_pytorch_tanh",
         "attention_bias": bool(config.get("attention_bias")),
         "rope_theta": isinstance(model, gemma12.Gemma) and rope != 1e4,
@@ -369,12 +372,12 @@ def _adapt(model: Any, lora: Mapping[str, Any], seed: int, builder: Builder, fam
     """A new adapter on the maps that the plan targets: A uniform in +-1/sqrt(in), as PEFT draws it, and B zero."""
     targets, r = re.compile(lora["target_modules"]), lora["r"]
     for one in linears(model):
-        out, size = one.weight[...].shape
+        out, size = one.weight.get_value().shape
         if not targets.fullmatch(f"{family.adapter_prefix.removesuffix('layers')}{one.name}"):
             continue
         one.scale = lora["lora_alpha"] / (math.sqrt(r) if lora["use_rslora"] else r)
         one.dropout = lora["lora_dropout"]
-        described = isinstance(one.weight[...], jax.ShapeDtypeStruct)
+        described = isinstance(one.weight.get_value(), jax.ShapeDtypeStruct)
         drawn = np.random.default_rng([seed, one.number]).uniform(-1, 1, (r, size)) / math.sqrt(size)
         a: Any = jax.ShapeDtypeStruct((r, size), jnp.float32) if described else drawn
         b: Any = jax.ShapeDtypeStruct((out, r), jnp.float32) if described else np.zeros((out, r))

@@ -124,8 +124,16 @@ class _Run:
             },
             "data": {"fingerprint": self.data.fingerprint, "report": self.data.report.to_json()},
             "seed": self.session["seed"],
+            "base": self._sizes(),
             "identity": dict(self.identity),
         }
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the base, and of what one chip holds of it."""
+        arrays = self.frozen.values()
+        whole = sum(one.size * one.dtype.itemsize for one in arrays)
+        a_chip = sum(math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in arrays)
+        return {"bytes": whole, "bytes_a_chip": a_chip}
 
     def load(self, found: checkpoint.Checkpoint | None) -> None:
         """Weights onto the chips, the adapter from `found`, and the two functions that are compiled."""

@@ -23,20 +23,20 @@ Params = dict[str, Any]
 
 
 def split(model: Any) -> tuple[Params, Callable[[Params, Params, Any], Any], Params]:
-    """(adapter, (adapter, base, key of the noise or None) -> model, base): arrays for jax.jit, which takes no model."""
+    """(adapter, (adapter, base, keys of the rows or None) -> model, base): arrays for jax.jit, which takes no model."""
     graph, trained, noise, rest = nnx.split(model, nnx.LoRAParam, Noise, ...)
     adapter = {_name(model, path): tuple(path) for path, _ in trained.flat_state()}
     base = {".".join(map(str, path)): tuple(path) for path, _ in rest.flat_state()}
-    values = {tuple(path): leaf[...] for state in (trained, rest) for path, leaf in state.flat_state()}
+    values = {tuple(path): leaf.get_value() for state in (trained, rest) for path, leaf in state.flat_state()}
     (at, _), *_ = noise.flat_state()
 
-    def join(params: Params, frozen: Params, key: Any) -> Any:
+    def join(params: Params, frozen: Params, keys: Any) -> Any:
         flat = {adapter[name]: nnx.LoRAParam(value) for name, value in params.items()}
         flat |= {base[name]: Frozen(value) for name, value in frozen.items()}
-        flat |= {tuple(at): Noise(jax.random.key(0) if key is None else key)}
+        flat |= {tuple(at): Noise(jax.random.key(0)[None] if keys is None else keys)}
         found = nnx.merge(graph, nnx.State.from_flat_path(flat))
         for one in linears(found):
-            one.training = key is not None
+            one.training = keys is not None
         return found
 
     trained, frozen = ({name: values[path] for name, path in paths.items()} for paths in (adapter, base))
@@ -124,17 +124,17 @@ def make_step(join: Any, update: Any, mesh: Any, softcap: float | None) -> Any:
     def step(params: Params, state: Any, frozen: Any, rows: Mapping[str, Any], key: Any) -> Any:
         count = jnp.maximum(jnp.sum(rows["labels"][:, :, 1:] != IGNORED), 1)
 
-        def loss(params: Params, part: Any, key: Any) -> Any:
-            return sums(join(params, frozen, key), part, mesh, softcap)[0]
+        def loss(params: Params, part: Any, keys: Any) -> Any:
+            return sums(join(params, frozen, keys), part, mesh, softcap)[0]
 
         def of_pass(found: Any, part: Any) -> Any:
-            rows, number = part
-            more = jax.value_and_grad(loss)(params, rows, jax.random.fold_in(key, number))
+            more = jax.value_and_grad(loss)(params, *part)
             return jax.tree.map(jnp.add, found, more), None
 
-        passes = jnp.arange(rows["tokens"].shape[0])
+        shape = rows["tokens"].shape[:2]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(shape[0] * shape[1])).reshape(shape)
         start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        (total, gradient), _ = jax.lax.scan(of_pass, start, (rows, passes))
+        (total, gradient), _ = jax.lax.scan(of_pass, start, (rows, keys))
         gradient = jax.tree.map(lambda one: one / count, gradient)
         norm = optax.global_norm(gradient)
         change, state = update.update(gradient, state, params)

@@ -48,7 +48,8 @@ def test_a_recipe_is_planned(path, machine):
 def test_a_recipe_fits_the_machine_that_it_names(path):
     """The first lines of a recipe say what it is for."""
     first = path.read_text().partition("stage:")[0]
-    machine = "rtx4090" if "24 GB" in first else "t4" if "T4" in first else "cpu"
+    names = {"24 GB": "rtx4090", "80 GB": "a100-80gb", "T4": "t4"}
+    machine = next((name for words, name in names.items() if words in first), "cpu")
     recipe = read_recipe(path)
     family, shape = model_facts(recipe.model.name, recipe.model.revision)
     require_fit(make_plan(recipe, MACHINES[machine], shape, family, start=start(recipe), rewards=rewards(recipe)))
