@@ -53,7 +53,6 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)
     check_stage(read.stage, stage, recipe)
-    check_world(os.environ)
     family, shape = model_facts(read.model.name, read.model.revision)
     start, rewards = start_of(read, family), rewards_of(read, family)
     from gemma_tune.models.remedies import import_bitsandbytes

@@ -20,6 +20,7 @@ from gemma_tune.errors import (
     Aborted,
     AccessError,
     GemmaTuneError,
+    LostProcess,
     Problem,
     Stopped,
     TrainingError,
@@ -50,6 +51,7 @@ class Failure:
         problems: what it reported; empty where it could not.
         trace: its traceback.
         pid: process id.
+        lost: it only noticed that another process was gone.
     """
 
     rank: int
@@ -58,6 +60,7 @@ class Failure:
     problems: tuple[Problem, ...] = ()
     trace: str = ""
     pid: int = 0
+    lost: bool = False
 
     @property
     def killed(self) -> bool:
@@ -85,6 +88,7 @@ def report_failure(error: GemmaTuneError, environment: Mapping[str, str], when: 
             "when": when,
             "problems": [[problem.what, problem.where, problem.fix] for problem in error.problems],
             "trace": trace,
+            "lost": isinstance(error, LostProcess),
         },
     }
     try:
@@ -100,7 +104,7 @@ def read_failure(rank: int, document: Mapping[str, Any], *, code: int, when: flo
     if not isinstance(ours, Mapping):
         return Failure(rank, code, when, pid=pid)
     problems = tuple(Problem(*parts) for parts in ours["problems"])
-    return Failure(rank, int(ours["code"]), float(ours["when"]), problems, str(ours["trace"]), pid)
+    return Failure(rank, int(ours["code"]), float(ours["when"]), problems, str(ours["trace"]), pid, bool(ours["lost"]))
 
 
 def read_folder(folder: Path, base: int) -> list[Failure]:
@@ -129,6 +133,8 @@ def first(failures: Sequence[Failure]) -> Failure:
     def order(failure: Failure) -> float:
         if failure.killed:
             return failure.when - _NOTICED_LATE
+        if failure.lost:
+            return failure.when + _NOTICED_LATE
         return failure.when + (0.0 if failure.problems else 1.0)  # torch cuts its own times to whole seconds
 
     return min(failures, key=order)

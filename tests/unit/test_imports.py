@@ -39,6 +39,7 @@ LIGHT = {
     "recipe": modules_of("recipe"),
     "gemma": modules_of("gemma"),
     "plan": modules_of("plan"),
+    "launch": modules_of("launch"),
     "the pure half of data": [
         f"gemma_tune.data.{name}"
         for name in ("rows", "policies", "pack", "sources")

@@ -12,6 +12,7 @@ from gemma_tune.errors import (
     Aborted,
     AccessError,
     GemmaTuneError,
+    LostProcess,
     Problem,
     Stopped,
     TrainingError,
@@ -40,6 +41,9 @@ def test_an_error_crosses_from_a_process_to_its_launcher(kind: type[GemmaTuneErr
     rank = "" if kind is Stopped else "rank 3 on gpu7: "
     assert told.problems[0] == Problem("what", f"{rank}where:3", "fix")
     assert told.problems[1].where == ("" if kind is Stopped else "rank 3 on gpu7")
+    assert not failure.lost
+    lost = LostProcess("a process of this run is gone")
+    assert read_failure(0, reported(lost, tmp_path / "lost.json"), code=4, when=0.0).lost
     assert any("in reported" in note for note in told.__notes__), "--debug shows the traceback of the process"
 
 
@@ -102,6 +106,7 @@ def message(rank: int, code: int, when: float) -> Failure:
         ([message(0, 1, 100.9), message(1, 3, 100.2)], 1),
         ([message(0, 75, 105.0), message(1, 4, 100.2)], 1),
         ([Failure(0, 1, 100), message(1, 4, 100.5)], 1),
+        ([Failure(0, 4, 100.0, (Problem("m"),), lost=True), message(1, 2, 100.4)], 1),
     ],
 )
 def test_the_first_failure_is_the_one_that_is_told(failures: list[Failure], rank: int) -> None:
