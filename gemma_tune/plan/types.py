@@ -60,7 +60,7 @@ class Plan:
     refusal: str = ""
 
     def values(self, section: str) -> dict[str, Any]:
-        """The bare values of one section, `plan.values("trainer")`: copies, since libraries write into what they get."""
+        """The bare values of one section, `plan.values("trainer")`: copies, as libraries write into what they get."""
         return {key: deepcopy(choice.value) for key, choice in getattr(self, section).items()}
 
     def to_json(self) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from gemma_tune.gemma.families import FAMILIES, family_of
+from gemma_tune.gemma.families import FAMILIES, Family, family_of
 from gemma_tune.gemma.shape import count
 from gemma_tune.plan.accelerate_check import KEYS
 from gemma_tune.plan.accelerate_files import launch_in, read_accelerate_file, shipped_files
-from gemma_tune.plan.gathered import layer_sizes, root_size
+from gemma_tune.plan.gathered import NF4_BLOCK, layer_sizes, packed_bytes, root_size
 from gemma_tune.plan.machine import launch_of
 from gemma_tune.plan.memory import estimate
 from gemma_tune.plan.sharding import wrapped_layers
@@ -28,6 +28,7 @@ from tests.tiny import TINY_NAMES
 from tests.unit.plan.recipes import make_recipe, plan_for
 
 WORLD = 8
+FSDP2 = {"distributed.strategy": "fsdp2"}
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def shard(model: Any, config: dict[str, Any], mesh: Any) -> Any:
 
 
 def config_of(changes: dict[str, Any], machine: str = "8xh100") -> dict[str, Any]:
-    return plan_for({"distributed.strategy": "fsdp2"} | changes, machine).values("trainer")["fsdp_config"]
+    return plan_for(FSDP2 | changes, machine).values("trainer")["fsdp_config"]
 
 
 @pytest.mark.parametrize("text_only", [False, True], ids=["as published", "text only"])
@@ -154,6 +155,66 @@ def test_groups_and_parts_are_those_of_the_estimate(tiny: Callable[..., Path], e
     assert estimated <= kept <= 1.25 * estimated
 
 
+def qlora(folder: Path, family: Family) -> Any:
+    """An NF4 base, stored as the plan says, with a LoRA adapter whose B is not zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    values = plan_for(FSDP2, "8xh100").values("quantization") | {
+        "llm_int8_skip_modules": list(family.skip_quantization)
+    }
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**values), device_map={"": "cpu"}
+    )
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=family.lora_targets["all-linear"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def wrapping(family: Family) -> dict[str, Any]:
+    return config_of({}) | {"transformer_layer_cls_to_wrap": [family.decoder_layer, *family.tower_layers]}
+
+
+def test_packed_weights_are_sharded_and_their_constants_are_not(tiny: Callable[..., Path], eight: Any) -> None:
+    import bitsandbytes as bnb
+
+    family = FAMILIES["gemma3_text"]
+    model = shard(qlora(tiny("gemma3_text"), family), wrapping(family), eight)
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(layers) == 4 * 7
+    for layer in layers:
+        weights = layer.in_features * layer.out_features
+        assert layer.weight.dtype == torch.bfloat16
+        assert 2 * layer.weight.to_local().numel() == weights * packed_bytes(QUANTISED) / WORLD
+        assert layer.weight.quant_state.absmax.numel() == weights // NF4_BLOCK, "one a block, on each process"
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4"])
+def test_qlora_in_parts_is_qlora(tiny: Callable[..., Path], one: Any, name: str) -> None:
+    """AltUp's clamp in place, per-layer embeddings, shared keys and values, towers that see no image."""
+    family = FAMILIES[name]
+    ids = torch.randint(200, 900, (2, 24), generator=torch.Generator().manual_seed(3))
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    if family.tower_layers:
+        inputs["mm_token_type_ids"] = torch.zeros_like(ids)
+    losses = []
+    for sharded in (False, True):
+        model = qlora(tiny(name), family).train()
+        if sharded:
+            model = shard(model, wrapping(family), one)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            loss = model(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] == losses[0]
+
+
 SMALL = Workload(
     device="cuda",
     quantization="none",
@@ -173,6 +234,9 @@ SMALL = Workload(
     checkpointing=False,
     world_size=1,
 )
+
+
+QUANTISED = dataclasses.replace(SMALL, quantization="nf4", double_quantization=True, weight_bytes=2, compute_bytes=2)
 
 
 @pytest.mark.parametrize("path", shipped_files().values(), ids=lambda path: path.stem)
