@@ -19,7 +19,6 @@ from gemma_tune.tpu import model as gemma
 from gemma_tune.tpu.plan import Mesh, Topology
 from gemma_tune.tpu.step import CHUNK, make_step, optimizer, split
 
-
 _WITHOUT_CHIPS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

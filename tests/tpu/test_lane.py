@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import gemma_tune
@@ -102,7 +101,8 @@ def test_a_run_is_the_same_on_any_mesh_and_in_torch(
         runs.append(tmp_path / f"jax-{number}")
         on_chips(int(chips), "tpu", str(recipe), "--mesh", mesh, f"output={runs[-1]}")
         sizes = document(runs[-1] / "run.json")["base"]
-        assert sizes["bytes_a_chip"] < 1.1 * sizes["bytes"] / int(chips), "the base is not sharded"
+        # Norms are whole everywhere, and of NF4 the constants, which are one or two in a row here.
+        assert sizes["bytes_a_chip"] < 1.3 * sizes["bytes"] / int(chips), "the base is not sharded"
     first = losses(runs[0])
     assert len(first) == 8 and first[8] < 0.8 * first[1]
     for run in runs[1:]:
@@ -112,7 +112,8 @@ def test_a_run_is_the_same_on_any_mesh_and_in_torch(
     assert document(twin / "run.json")["data"]["fingerprint"] == document(runs[0] / "run.json")["data"]["fingerprint"]
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (runs[0], twin))
     assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[name], theirs[name], atol=5e-5) for name in ours)
+    # Not entry by entry: where a gradient is all but zero, AdamW makes a step of its rounding.
+    assert all((ours[name] - theirs[name]).norm() < 1e-3 * theirs[name].norm() for name in ours)
     # What torch makes of the exported adapter before it trains on.
     opened = in_torch(recipe, runs[0], tmp_path / "opened", "optim.max_steps=1")
     assert held_out(opened, "base") == pytest.approx(held_out(runs[0], "tuned"), rel=1e-5)

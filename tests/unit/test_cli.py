@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             found.append((name, *arguments))
             return 0
 
-        return SimpleNamespace(run=record, list_=record, copy=record, schema=record)
+        return SimpleNamespace(run=record, list_=record, copy=record, schema=record, sft=record, check=record)
 
     monkeypatch.setattr(cli, "_command", command)
     return found
@@ -81,6 +81,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException | Callable[[],
         ("doctor --json", ("doctor", True)),
         ("chat m", ("chat", "m", [], 256, None)),
         ("chat m --prompt a --prompt b --max-new-tokens 9 --system s", ("chat", "m", ["a", "b"], 9, "s")),
+        ("tpu r.yaml", ("tpu", "r.yaml", [], None, "never")),
+        ("tpu r.yaml --mesh tp=2 --resume auto a.b=c", ("tpu", "r.yaml", ["a.b=c"], "tp=2", "auto")),
+        ("check r.yaml --machine v5e-8", ("tpu", "r.yaml", [], "v5e-8", None, False)),
         ("recipes list", ("recipes",)),
         ("recipes copy x", ("recipes", "x", None)),
         ("recipes copy x y", ("recipes", "x", "y")),
