@@ -276,7 +276,10 @@ def check(
     overrides: Overrides = None,
     machine: Annotated[
         str | None,
-        typer.Option(help="Plan for another: cpu, t4, l4, rtx4090, a100, a100-80gb, h100, 8xh100, 2x8xh100."),
+        typer.Option(
+            help="Plan for another: cpu, t4, l4, rtx4090, a100, a100-80gb, h100, 8xh100. Default: this one. Several: "
+            "4xl4 has four GPUs, 2x8xh100 is two nodes of eight."
+        ),
     ] = None,
     accelerate: Annotated[
         str | None,
