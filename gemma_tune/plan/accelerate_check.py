@@ -107,6 +107,12 @@ def _checkpointing(file: AccelerateFile, family: Family) -> Iterator[Problem]:
             file.where("fsdp_config.fsdp_activation_checkpointing"),
             "write `false`; memory.gradient_checkpointing recomputes, without reentrance, at no further communication",
         )
+    elif is_true(file.fsdp("activation_checkpointing_offload")):
+        yield Problem(
+            "fsdp_activation_checkpointing_offload stops accelerate where its kind of checkpointing is not on",
+            file.where("fsdp_config.fsdp_activation_checkpointing_offload"),
+            "remove the line",
+        )
 
 
 def _wrapping(file: AccelerateFile, recipe: Recipe, family: Family) -> Iterator[Problem]:

@@ -172,6 +172,10 @@ ADDED = [
     ("fsdp_activation_checkpointing: true", "a.yaml:10: fsdp_activation_checkpointing renames modules"),
     ("fsdp_transformer_layer_cls_to_wrap: Gemma2DecoderLayer", "a.yaml:10: this Gemma 3 has no layers of class Gemma2"),
     ("fsdp_transformer_layer_cls_to_wrap: SiglipTextEmbeddings,Gemma3DecoderLayer", "of class SiglipTextEmbeddings:"),
+    (
+        "fsdp_activation_checkpointing_offload: true",
+        "a.yaml:10: fsdp_activation_checkpointing_offload stops accelerate",
+    ),
     ("fsdp_ignored_modules: lm_head", "a.yaml:10: modules that FSDP ignores (lm_head)"),
     ("fsdp_cpu_ram_efficient_loading: true\n  fsdp_sync_module_states: false", "a.yaml:11: accelerate launch stops"),
 ]
