@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from gemma_tune.errors import AccessError, GemmaTuneError, Stopped, TrainingError, UserError
+from gemma_tune.errors import AccessError, GemmaTuneError, LostProcess, Stopped, UserError
 from gemma_tune.plan.types import Plan
 
 POLL_SECONDS = 0.2
@@ -118,9 +118,10 @@ class Node:
                 raise
             raise SystemExit(exc.exit_code) from None
         except DistError as exc:
-            raise TrainingError(
+            raise LostProcess(
                 f"process {self.rank} has lost process 0, through which all speak to each other",
-                fix="see what process 0 or its node said last",
+                where="distributed",
+                fix="see what process 0 or its launcher said last",
             ) from exc
         return found
 

@@ -39,12 +39,15 @@ class Parts:
         source: the base's folder, with its weights.
         tokenizer, encoder: of the base, or of what the recipe names.
         data: its rows, mapped into memory where they are shared.
+        shared: the folder of the data where this process made it for the others of its machine. It may go when all
+            have opened it (`remove_shared`): what is mapped stays readable.
     """
 
     source: ModelSource
     tokenizer: Any
     encoder: GemmaEncoder
     data: Prepared[Any]
+    shared: Path | None = None
 
 
 def fetch(plan: Plan, prepare: Prepare, console: Console) -> Parts:
@@ -75,11 +78,11 @@ def made(plan: Plan, prepare: Prepare, console: Console, node: Node | None) -> P
     say("reads and tokenises the data")
     kept = prepared_before(prepare, family, encoder.sha256, plan.values("data"), console)
     data = kept.prepared if kept else prepare(family, encoder, **plan.values("data"))
-    folder = kept.folder if kept else None
+    shared, folder = None, kept.folder if kept else None
     if node:
         if folder is None and not plan.values("data").get("streaming"):
             say("writes the data for the other processes")
-            folder = shared_folder(data)
+            shared = folder = shared_folder(data)
             data = read_prepared(folder)
             pyarrow.default_memory_pool().release_unused()  # what was built lies in the folder now
         node.agree_on(data.fingerprint)
@@ -88,7 +91,7 @@ def made(plan: Plan, prepare: Prepare, console: Console, node: Node | None) -> P
     source = resolve(chosen["name"], chosen.get("revision"))
     if node:
         node.hand_over("weights", {"path": str(source.path), "revision": source.revision})
-    return Parts(source, tokenizer, encoder, data)
+    return Parts(source, tokenizer, encoder, data, shared)
 
 
 def taken(plan: Plan, prepare: Prepare, node: Node) -> Parts:
@@ -126,9 +129,15 @@ def prepared_before(
 
 
 def shared_folder(data: Prepared[Any]) -> Path:
-    """`data` in a temporary folder of this machine, which is gone with this process."""
+    """`data` in a temporary folder of this machine, which at the latest goes with this process."""
     folder = Path(tempfile.mkdtemp(prefix="gemma-tune-data-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(remove_shared, folder)
     with disk_errors(folder, AccessError, fix="make room, or set TMPDIR to a larger disk of this machine"):
         write_prepared(data, folder)
     return folder
+
+
+def remove_shared(folder: Path | None) -> None:
+    """Remove what `shared_folder` made, if anything. Call it when all processes of the machine have opened it."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)

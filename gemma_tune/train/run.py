@@ -31,7 +31,7 @@ from gemma_tune.train import checkpoint, provenance, sharding
 from gemma_tune.train.callbacks import MetricsFile, ProgressDisplay, Rhythm, every_tenth, sample_rows
 from gemma_tune.train.evaluate import Answer, Prompt, answers, prompt_ids, sample_prompts, stop_rate
 from gemma_tune.train.identity import identity_of
-from gemma_tune.train.parts import fetch
+from gemma_tune.train.parts import fetch, remove_shared
 from gemma_tune.train.peers import missing
 from gemma_tune.train.session import Resume, RunFolder, is_first_process
 from gemma_tune.train.signals import Signals
@@ -79,7 +79,8 @@ class Materials:
     """What a run is made from, before any weight is loaded.
 
     `revision` tells this base from any other; `start` is the hash of the adapter that the training begins with,
-    `rewards` those of the sources of rewards.
+    `rewards` those of the sources of rewards; `shared` is the temporary folder in which this process made the data for
+    others.
     """
 
     family: Family
@@ -90,6 +91,7 @@ class Materials:
     data: Prepared
     start: str | None = None
     rewards: tuple[str, ...] = ()
+    shared: Path | None = None
 
 
 def run_plan(
@@ -112,7 +114,7 @@ def run_plan(
     first = is_first_process()
     console = (console or Console()) if first else Console(quiet=True)
     folder = RunFolder(plan.values("session")["output"], resume=resume, writes=first)
-    with Signals() as signals:
+    with Signals() as signals, missing(signals):
         folder.check()
         trainer_config(plan)  # what it refuses is refused before anything slow
         materials = gather(plan, console)
@@ -135,6 +137,7 @@ def run_plan(
         with memory_errors(plan):
             model = load_model(plan, materials)
         wait_for_all(plan)  # every process has looked for a checkpoint before the first one moves any
+        remove_shared(materials.shared)
         folder.open(recipe_text=recipe_text, plan=plan, record=describe(plan, materials, identity), resumed=search)
         wait_for_all(plan)
         run = Run(plan, materials, model, folder, identity, search.found, signals, console)
@@ -175,6 +178,7 @@ def gather(plan: Plan, console: Console) -> Materials:
         parts.data,
         start_hash,
         reward_hashes(plan),
+        parts.shared,
     )
 
 

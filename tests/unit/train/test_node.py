@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from gemma_tune.errors import AccessError, Stopped, TrainingError, UserError
+from gemma_tune.errors import AccessError, LostProcess, Stopped, UserError
 from gemma_tune.train import node as module
 from gemma_tune.train.node import Node, node_of
 
@@ -116,7 +116,7 @@ def test_a_lost_store_is_no_bug_of_ours() -> None:
         def check(self, keys: list[str]) -> bool:
             raise dist.DistNetworkError("Failed to recv, got 0 bytes")
 
-    with pytest.raises(TrainingError, match="process 1 has lost process 0"):
+    with pytest.raises(LostProcess, match="process 1 has lost process 0"):
         Node(Lost(), rank=1, leads=False, name="0", minutes=1).take("data")
 
 
