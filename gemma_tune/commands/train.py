@@ -17,7 +17,7 @@ from gemma_tune.errors import UserError
 from gemma_tune.launch.world import check_world
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.plan.fit import require_fit
-from gemma_tune.plan.machine import launch_of, named_machine, probe
+from gemma_tune.plan.machine import launch_of, named_machine, overruled, probe
 from gemma_tune.plan.memory import total
 from gemma_tune.plan.plan import make_plan
 from gemma_tune.plan.stages import unit
@@ -61,6 +61,8 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
     first = is_first_process()
     RunFolder(read.output, resume=resume, writes=first).check()  # before anything slow: libraries, data and weights
     launch = launch_of(os.environ)
+    for name in overruled(os.environ):
+        del os.environ[name]
     here = named_machine(machine) if machine else probe(launch.world_size, launch.nodes)
     plan = make_plan(read, here, shape, family, start=start, rewards=rewards, launch=launch)
     require_fit(plan)

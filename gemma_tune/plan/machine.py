@@ -166,6 +166,21 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     )
 
 
+def overruled(environment: Mapping[str, str]) -> list[str]:
+    """Variables of a launcher that `launch_of` has read, and that the libraries would follow whatever the plan says.
+
+    accelerate 1.15 takes FSDP, its groups and torch.compile from them wherever a keyword leaves something open.
+    """
+    beginnings = (
+        "FSDP_",
+        "PARALLELISM_CONFIG_",
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_PARALLELISM",
+        "ACCELERATE_DYNAMO_",
+    )
+    return [name for name in environment if name.startswith(beginnings)]
+
+
 STATE_DICTS: dict[str, Literal["full", "sharded"]] = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
 
 

@@ -11,7 +11,7 @@ from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.gemma.shape import count, layer_parameters, layers_of
 from gemma_tune.gemma.sizes import PUBLISHED
 from gemma_tune.plan.choices_model import Precision, choose_precision, quantization_choices
-from gemma_tune.plan.machine import GIB, MACHINES, Launch, Machine, launch_of, named_machine
+from gemma_tune.plan.machine import GIB, MACHINES, Launch, Machine, launch_of, named_machine, overruled
 from gemma_tune.plan.memory import total
 from gemma_tune.plan.plan import make_plan
 from gemma_tune.plan.sharding import check_types, parameter_type
@@ -75,6 +75,14 @@ def test_groups_and_what_is_not_supported():
     said = launch_of(FSDP_FILE | mesh | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2", "PARALLELISM_CONFIG_CP_SIZE": "2"})
     assert (said.replicas, said.shards, said.other) == (2, 2, "CP parallelism")
     assert launch_of({"ACCELERATE_USE_DEEPSPEED": "true"}).other == "DeepSpeed"
+
+
+def test_variables_that_the_plan_takes_over():
+    more = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2", "HOME": "/root"}
+    environment = FSDP_FILE | more | {"ACCELERATE_USE_CPU": "true"}
+    left = environment.keys() - set(overruled(environment))
+    assert left == {"WORLD_SIZE", "LOCAL_WORLD_SIZE", "HOME", "ACCELERATE_USE_CPU"}
+    assert launch_of({name: environment[name] for name in left}) == Launch(world_size=4)
 
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "FSDP_VERSION"])
