@@ -128,6 +128,17 @@ def part_of(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
+def settle(model: Any) -> None:
+    """Drop what is gathered, on all processes together.
+
+    `state_dict()` does so by a hook. Where one process alone asks for it (the one that writes), the next forward pass
+    gathers on that process what the others still have, and the collective operations of the two no longer pair.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def make_whole(model: Any, *, writes: bool) -> None:
     """Put the whole of each trained or adapted parameter into the model, which is only written from here on.
@@ -138,9 +149,7 @@ def make_whole(model: Any, *, writes: bool) -> None:
         model: which no process runs any more.
         writes: whether this process writes it.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    settle(model)
     made: dict[int, torch.nn.Parameter] = {}  # a tied head stays tied
     for module, key, parameter in list(_wanted(model)):
         if id(parameter) not in made:

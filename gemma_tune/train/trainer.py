@@ -324,6 +324,7 @@ class RunTrainer(Trainer):
         """All that a bit-equal continuation needs, in one atomic folder; no model card, tokenizer or pickled args."""
         step = self.state.global_step
         self.store_flos()
+        sharding.settle(self.model)
         with self.clock.paused(), checkpoint.disk_errors(self._folder.path / f"checkpoint-{step}"):
             self._refuse_non_finite_weights()
             progress = self.count()

@@ -1,0 +1,76 @@
+"""What is held equal between one process and several: the cases of tests/integration/test_parallel.py.
+
+The matrix in docs/clusters.md is made of these, so it states what runs and nothing else:
+
+    python -m tests.parallel_cases      prints it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.tiny import TINY_NAMES
+
+RELATIVE = 1e-5
+"""Largest relative difference of losses, and of the saved weights taken together, that is allowed in fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One recipe that one process and several run.
+
+    Attributes:
+        name: unique.
+        what: the row of the matrix.
+        stage, base: of the recipe; a base of `tests.tiny`.
+        overrides: of the command line.
+        changes: sections of the recipe.
+        strategies: under which several processes run it.
+        relative: largest relative difference.
+    """
+
+    name: str
+    what: str
+    stage: str = "sft"
+    base: str = "gemma3_text"
+    overrides: tuple[str, ...] = ()
+    changes: dict[str, Any] = field(default_factory=dict)
+    strategies: tuple[str, ...] = ("ddp", "fsdp2")
+    relative: float = RELATIVE
+
+
+UNEVEN = {"data": {"packing": False, "holdout": 9}, "optim": {"max_steps": None, "epochs": 1}, "batch": {"size": 16}}
+"""51 rows in batches of 16: the last step has 3, of which the second of two processes gets none."""
+
+CASES = (
+    *(Case(f"sft {name}", "SFT, LoRA, packed rows, every generation", base=name) for name in TINY_NAMES),
+    Case("uneven", "SFT, single rows, uneven last batch", changes=UNEVEN, overrides=("batch.micro=4",)),
+    Case("checkpointing", "SFT, activation checkpointing, shared keys and values", base="gemma4",
+         overrides=("memory.gradient_checkpointing=true",)),
+    Case("full", "full fine-tune, tied head", overrides=("adapter=null", "optim.learning_rate=1e-3")),
+    Case("nf4", "QLoRA (NF4, fp32 on a CPU)", overrides=("model.quantization=nf4",)),
+    Case("int8", "LoRA on int8", overrides=("model.quantization=int8",), strategies=("ddp",)),
+    Case("dora", "DoRA", overrides=("adapter.dora=true",)),
+    Case("reward", "reward model", stage="reward"),
+    Case("dpo", "DPO", stage="dpo"),
+    Case("dpo cached", "DPO, reference scored beforehand", stage="dpo",
+         overrides=("dpo.precompute_reference=true",)),
+)  # fmt: skip
+
+
+def table() -> str:
+    """The matrix in Markdown: rows in the order of `CASES`, one a `what`."""
+    rows: dict[str, set[str]] = {}
+    for case in CASES:
+        rows.setdefault(case.what, set()).update(case.strategies)
+    lines = ["| what | DDP | FSDP2 |", "|---|---|---|"]
+    for what, strategies in rows.items():
+        lines.append(
+            f"| {what} | " + " | ".join("equal" if one in strategies else "-" for one in ("ddp", "fsdp2")) + " |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
