@@ -75,7 +75,7 @@ def memory_of(plan: Plan, shape: Shape, topology: Topology) -> dict[str, Any]:
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
     begun = time.monotonic()
     with mesh:
-        step = jax.jit(make_step(join, update, mesh, family.final_softcap), donate_argnums=(0, 1))
+        step = make_step(join, update, mesh, family.final_softcap, params, state)
         found = step.lower(params, state, frozen, rows, key).compile().memory_analysis()
     terms = {
         "weights, adapter, optimizer and rows": found.argument_size_in_bytes,

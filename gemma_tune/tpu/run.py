@@ -21,7 +21,7 @@ from rich.console import Console
 
 from gemma_tune.data.build import Prepared, build
 from gemma_tune.errors import AccessError, Stopped, TrainingError
-from gemma_tune.gemma.families import FAMILIES, Family
+from gemma_tune.gemma.families import FAMILIES, Family, text_only
 from gemma_tune.gemma.shape import Shape
 from gemma_tune.models.reference import resolve
 from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
@@ -83,9 +83,12 @@ class _Run:
 
     def __init__(self, plan: Plan, shape: Shape, folder: RunFolder, signals: Signals, console: Console) -> None:
         self.plan, self.shape, self.folder, self.signals, self.console = plan, shape, folder, signals, console
-        self.family: Family = FAMILIES[plan.family]
         self.trainer, self.session = plan.values("trainer"), plan.values("session")
         chosen = plan.values("model")
+        family = FAMILIES[plan.family]
+        self.family: Family = (
+            text_only(family) if chosen["text_only"] else family
+        )  # the adapter's names are its class's
         other = chosen["tokenizer"]
         self.tokenizer = load_tokenizer(other or chosen["name"], None if other else chosen["revision"], self.family)
         encoder = GemmaEncoder(self.tokenizer, self.family)
@@ -104,6 +107,7 @@ class _Run:
         # One shape for all steps: each further one would be compiled, for minutes on a large model.
         self.length = -(-max(len(row["input_ids"]) for row in rows) // CHUNK) * CHUNK
         self.step, self.seconds, self.tokens = 0, 0.0, [0, 0]
+        self.timed = (0, 0.0)  # tokens and seconds of this process, without the first step
 
     def record(self) -> dict[str, Any]:
         """run.json at the start."""
@@ -159,7 +163,7 @@ class _Run:
         state = update.init(self.params)
         self.state = jax.tree.map(lambda one: one if one.ndim else jax.device_put(one, whole), state)
         softcap = self.family.final_softcap
-        self.train_step = jax.jit(make_step(join, update, mesh, softcap), donate_argnums=(0, 1))
+        self.train_step = make_step(join, update, mesh, softcap, self.params, self.state)
         self.score = jax.jit(make_score(join, mesh, softcap))
         if found is not None:
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._tree())
@@ -185,6 +189,7 @@ class _Run:
             self.folder.write_record()
         self.signals.arm()
         shown, last = time.monotonic(), None
+        first = True
         for rows in self._batches():
             begun = time.monotonic()
             batch = self._batch(rows, self.passes)
@@ -192,14 +197,20 @@ class _Run:
                 found = self.train_step(self.params, self.state, self.frozen, batch, jax.random.fold_in(key, self.step))
             self.params, self.state, loss, norm = found[0], found[1], float(found[2]), float(found[3])
             done, self.step = self.step, self.step + 1
-            self.seconds += time.monotonic() - begun
-            self.tokens[0] += sum(len(row["input_ids"]) for row in rows)
+            taken, seen = time.monotonic() - begun, sum(len(row["input_ids"]) for row in rows)
+            self.tokens[0] += seen
             self.tokens[1] += sum(sum(label != IGNORED for label in row["labels"][1:]) for row in rows)
+            if first:  # nearly all of it is compilation, which the figures leave out
+                first = False
+                self.console.print(f"first step, compiled, in {taken:.0f} s", highlight=False)
+            else:
+                self.seconds += taken
+                self.timed = (self.timed[0] + seen, self.timed[1] + taken)
             if self.step % self.session["tracking"]["log_every"] == 0 or self.step == self.steps:
                 self._log({"loss": loss, "grad_norm": norm, "learning_rate": float(rate(done))})
-            if not math.isfinite(loss):
+            if not math.isfinite(loss + norm):
                 raise TrainingError(
-                    f"the loss of step {self.step} is {loss}",
+                    f"the loss of step {self.step} is {loss}, its gradient {norm}",
                     where=str(self.folder.path),
                     fix="lower optim.learning_rate, and go on from the last checkpoint with --resume auto",
                 )
@@ -272,12 +283,12 @@ class _Run:
         self.folder.append("metrics.jsonl", [{"step": self.step, **line, **self._counters()}])
 
     def _counters(self) -> dict[str, Any]:
-        speed = round(self.tokens[0] / self.seconds, 1) if self.seconds else None
+        tokens, seconds = self.timed
         return {
             "tokens_seen": self.tokens[0],
             "tokens_trained": self.tokens[1],
             "train_seconds": round(self.seconds, 3),
-            "tokens_per_second": speed,
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         }
 
     def _save(self, keep: int) -> None:
