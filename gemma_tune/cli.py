@@ -424,6 +424,15 @@ def export(
 
 
 @app.command()
+def gather(
+    checkpoint: Annotated[str, typer.Argument(metavar="RUN/checkpoint-N", help="A checkpoint in parts.")],
+    out: Annotated[str | None, typer.Option(help="Folder to make. Default: beside it.", show_default=False)] = None,
+) -> Job:
+    """Make one folder of a sharded checkpoint."""
+    return lambda: _command("gather").run(checkpoint, out)
+
+
+@app.command()
 def push(
     target: Annotated[str, typer.Argument(metavar="RUN|DIR", help="A run, or what merge or export wrote.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="A repository of the hub: account/name.")],

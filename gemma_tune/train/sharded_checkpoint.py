@@ -8,13 +8,13 @@ For weights and optimizer states that one process has no room for. The folder mu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gemma_tune.errors import TrainingError, UserError
@@ -69,6 +69,12 @@ def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
     return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
 
+def _load(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process alone: as intended
+        dcp.load(tensors, checkpoint_id=str(folder / PARTS))
+
+
 def read_weights(own: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Fill a model's own tensors, whole or in parts of any size.
 
@@ -84,7 +90,7 @@ def read_weights(own: Mapping[str, torch.Tensor], folder: Path) -> None:
         raise TrainingError(
             "the weights in the checkpoint do not fit this model", where=str(folder), fix="start a new run"
         )
-    dcp.load(_named(own, {}), checkpoint_id=str(folder / PARTS))
+    _load(_named(own, {}), folder)
 
 
 def read_optimizer(optimizer: Any, rest: Mapping[str, Any], folder: Path) -> None:
@@ -101,7 +107,7 @@ def read_optimizer(optimizer: Any, rest: Mapping[str, Any], folder: Path) -> Non
         if name.startswith(_OPTIMIZER):
             index = int(name.removeprefix(_OPTIMIZER).partition(".")[0])
             large[name] = torch.empty_like(parameters[index].detach(), dtype=entry.properties.dtype)
-    dcp.load(large, checkpoint_id=str(folder / PARTS))
+    _load(large, folder)
     state = {index: dict(entry) for index, entry in rest["state"].items()}
     for name, tensor in large.items():
         number, _, key = name.removeprefix(_OPTIMIZER).partition(".")
@@ -109,15 +115,8 @@ def read_optimizer(optimizer: Any, rest: Mapping[str, Any], folder: Path) -> Non
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
 
 
-def gather(folder: Path, file: Path) -> int:
-    """The weights of a checkpoint in parts -> one safetensors file, without a model or other processes.
-
-    Args:
-        folder: the checkpoint.
-        file: to write.
-
-    Returns:
-        How many tensors.
+def gather(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint in parts, whole, on the CPU, without a model or other processes.
 
     Raises:
         UserError: the folder holds no parts.
@@ -129,6 +128,5 @@ def gather(folder: Path, file: Path) -> int:
         for name, entry in _stored(folder).items()
         if name.startswith(_WEIGHTS)
     }
-    dcp.load(named, checkpoint_id=str(folder / PARTS), no_dist=True)
-    save_file({name.removeprefix(_WEIGHTS): tensor for name, tensor in named.items()}, file, metadata={"format": "pt"})
-    return len(named)
+    _load(named, folder)
+    return {name.removeprefix(_WEIGHTS): tensor for name, tensor in named.items()}

@@ -12,15 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_tune.errors import TrainingError
+from gemma_tune.models.lora import CONFIG as ADAPTER_CONFIG
 from gemma_tune.models.lora import inspect_adapter
 from gemma_tune.models.reward import RewardModel
 from gemma_tune.models.roles import TRAINED, belongs
 from gemma_tune.plan.starts import REWARD_HEAD
-from gemma_tune.train.sharded_checkpoint import has_parts, read_weights
+from gemma_tune.train.sharded_checkpoint import gather, has_parts, read_weights
 from gemma_tune.train.sharding import is_sharded, part_of, whole_state
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"
+_HEAD = "head."
+"""Before the names of a reward model's head, in parts."""
 
 
 def write_weights(model: Any, folder: Path, *, writes: bool = True) -> None:
@@ -92,8 +95,32 @@ def check_written(model: Any, folder: Path, *, moved: bool, stacked: bool = Fals
 def write_config(model: Any, folder: Path) -> None:
     """What says how weights that were gathered later are to be read."""
     trunk = model.trunk if isinstance(model, RewardModel) else model
-    config = trunk.peft_config[TRAINED] if isinstance(trunk, PeftModel) else trunk.config
+    if not isinstance(trunk, PeftModel):
+        trunk.config.save_pretrained(str(folder))
+        return
+    config = trunk.peft_config[TRAINED]
+    trained, config.inference_mode = config.inference_mode, True  # as PEFT saves it
     config.save_pretrained(str(folder))
+    config.inference_mode = trained
+
+
+def write_gathered(checkpoint: Path, folder: Path) -> int:
+    """A checkpoint in parts -> the files that `write_weights` would have written. Returns how many tensors.
+
+    Args:
+        checkpoint: verified, in parts.
+        folder: to write into.
+    """
+    state = gather(checkpoint)
+    head = {name.removeprefix(_HEAD): tensor for name, tensor in state.items() if name.startswith(_HEAD)}
+    trunk = {name: tensor for name, tensor in state.items() if not name.startswith(_HEAD)}
+    adapter = (checkpoint / ADAPTER_CONFIG).is_file()
+    config = ADAPTER_CONFIG if adapter else "config.json"
+    save_file(trunk, str(folder / (ADAPTER_FILE if adapter else MODEL_FILE)), metadata={"format": "pt"})
+    if head:
+        save_file(head, str(folder / REWARD_HEAD))
+    (folder / config).write_bytes((checkpoint / config).read_bytes())
+    return len(state)
 
 
 def load_weights(model: Any, folder: Path) -> None:
@@ -120,7 +147,7 @@ def own_weights(model: Any) -> dict[str, Tensor]:
     tied one once.
     """
     if isinstance(model, RewardModel):
-        head = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
+        head = {_HEAD + name: tensor for name, tensor in model.head.state_dict().items()}
         return own_weights(model.trunk) | head
     if isinstance(model, PeftModel):
         return get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from gemma_tune.cli import main
 from gemma_tune.train import checkpoint
-from gemma_tune.train.sharded_checkpoint import PARTS, gather
+from gemma_tune.train.sharded_checkpoint import PARTS
 from tests import parallel_worker
 from tests.integration.test_preferences_tiny import pair_recipe
 from tests.integration.test_resume import losses
@@ -172,9 +172,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny: Tiny, tmp_path: Pa
         assert checkpoint.newest(tmp_path / kind).found is not None
 
     # The parts of a checkpoint are the adapter of the whole one.
-    gather(tmp_path / "parts" / "checkpoint-2", tmp_path / "gathered.safetensors")
+    assert main(["gather", str(tmp_path / "parts" / "checkpoint-2")]) == 0
     whole = load_file(tmp_path / "full" / "checkpoint-2" / "adapter_model.safetensors")
-    parts = load_file(tmp_path / "gathered.safetensors")
+    parts = load_file(tmp_path / "parts" / "gathered-2" / "adapter_model.safetensors")
+    config = [tmp_path / place / "adapter_config.json" for place in ("full/checkpoint-2", "parts/gathered-2")]
+    assert document(config[0]) == document(config[1])
     assert parts.keys() == whole.keys() and all(parts[name].equal(whole[name]) for name in whole)
 
     for kind, copy in (("full", "full-alone"), ("parts", "parts-alone"), ("full", "full-other")):
