@@ -59,6 +59,20 @@ CASES = (
 )  # fmt: skip
 
 
+ELSEWHERE = (
+    ("SFT in groups of parts (HSDP)", "-", "equal", "integration/test_parallel.py",
+     "test_groups_of_parts_do_what_one_process_does"),
+    ("stopped on 2, resumed on 1 and 3, from one file or from parts", "equal", "equal", "integration/test_parallel.py",
+     "test_a_run_goes_on_with_another_number_of_processes"),
+    ("KTO (each pass estimates its own KL: another number of rows in a pass is another estimate)", "same held-out rows",
+     "refused", "integration/test_kto_tiny.py",
+     "test_two_processes_end_together_and_score_the_held_out_rows_as_one_does"),
+    ("PPO (equal responses, where sampling leaves no choice)", "equal to 1e-3", "refused",
+     "integration/test_two_processes.py", "test_two_processes_make_a_step_of_ppo_as_one_does"),
+)  # fmt: skip
+"""(row, DDP, FSDP2, file below tests/, test) of what other tests run."""
+
+
 def table() -> str:
     """The matrix in Markdown: rows in the order of `CASES`, one a `what`."""
     rows: dict[str, set[str]] = {}
@@ -69,6 +83,7 @@ def table() -> str:
         lines.append(
             f"| {what} | " + " | ".join("equal" if one in strategies else "-" for one in ("ddp", "fsdp2")) + " |"
         )
+    lines += [f"| {what} | {ddp} | {fsdp2} |" for what, ddp, fsdp2, _, _ in ELSEWHERE]
     return "\n".join(lines)
 
 

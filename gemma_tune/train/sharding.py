@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, ParallelismConfig
-from torch.distributed.fsdp import FSDPModule
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
@@ -70,6 +70,19 @@ def refuse_parts(kind: DistributedType) -> None:
             "all roles of PPO share one base, which every process must hold whole",
             where="distributed.strategy",
             fix="use distributed.strategy: ddp, and unset ACCELERATE_USE_FSDP",
+        )
+
+
+def add_in_fp32(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let FSDP2 add up gradients in fp32 under autocast, as DDP does.
+
+    accelerate's policy for bf16 (1.15, dataclasses.py, `set_mixed_precision`) adds them in bf16, where each process
+    rounds away what is below 1/256 of the sum, and casts what the model returns.
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=policy.cast_forward_inputs
         )
 
 

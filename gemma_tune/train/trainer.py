@@ -120,6 +120,8 @@ class RunTrainer(Trainer):
         self.args.logging_nan_inf_filter = False
         check_engine(self, around.distributed)
         self._distributed = around.distributed
+        if self.is_fsdp_enabled:
+            sharding.add_in_fp32(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)
         progress = around.progress or {}
         self.clock = Clock(progress.get("train_seconds", 0.0))
