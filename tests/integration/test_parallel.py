@@ -90,6 +90,8 @@ def check_equal(run: Path, straight: Path, relative: float = RELATIVE) -> None:
     assert apart < relative * sum(float((tensor**2).sum()) for tensor in expected.values()) ** 0.5
     first, second = (document(one / "run.json")["results"] for one in (straight, run))
     assert second["tuned"]["loss"] == pytest.approx(first["tuned"]["loss"], rel=relative)
+    for key in {"pairs", "accuracy", "margin"} & first["tuned"].keys():
+        assert second["tuned"][key] == pytest.approx(first["tuned"][key], rel=1e-4), key
     for key in ("steps", "tokens_seen", "tokens_trained"):
         assert first[key] == second[key], key
 

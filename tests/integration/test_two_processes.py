@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same losses, one folder, one writer; and they may take over each other's run."""
+"""Two processes take over the run of one; and PPO. Everything else of the kind is in test_parallel.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 from gemma_tune.cli import main
 from gemma_tune.train import checkpoint
 from tests.integration.test_ppo_tiny import ppo_recipe
-from tests.integration.test_preferences_tiny import pair_recipe
 from tests.integration.test_resume import losses, stop_at
 from tests.integration.tiny_runs import document, lines, write_recipe
 
@@ -60,43 +59,6 @@ def test_two_gloo_processes_take_over_a_run_and_end_where_one_does(
     assert found.found is not None and found.found.step == 8 and not found.skipped
     names = {path.name for path in found.found.folder.iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
-
-
-def test_the_last_step_of_a_pass_counts_each_row_once(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """51 rows in batches of 16: the last has 3, of which the second process gets none."""
-    changes = {
-        "adapter": {"dropout": 0.0},
-        "data": {"packing": False, "holdout": 9},
-        "optim": {"max_steps": None, "epochs": 2},
-        "batch": {"size": 16, "micro": 4},
-        "evaluation": {"every": 100},
-        "samples": {"prompts": [], "held_out": 0},
-    }
-    recipe = str(write_recipe(tmp_path, tiny("gemma3_text"), **changes))
-    assert main(["sft", recipe, f"output={tmp_path / 'one'}"]) == 0
-    on_two_processes("sft", recipe)
-    one, two = tmp_path / "one", tmp_path / "run"
-    assert len(losses(one)) == 8
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    figures = [document(run / "run.json")["results"] for run in (one, two)]
-    for key in ("tokens_seen", "tokens_trained"):
-        assert figures[0][key] == figures[1][key]
-
-
-@pytest.mark.parametrize("stage", ["reward", "dpo"])
-def test_two_processes_train_on_pairs_as_one_does(tiny: Callable[..., Path], tmp_path: Path, stage: str) -> None:
-    recipe = str(pair_recipe(tmp_path, tiny("gemma3_text"), stage, data={"holdout": 9}))
-    precomputed = ["dpo.precompute_reference=true"] if stage == "dpo" else []
-    assert main([stage, recipe, f"output={tmp_path / 'one'}", "batch.micro=1", *precomputed]) == 0
-    on_two_processes(stage, recipe, "batch.micro=1", *precomputed)
-    one, two = tmp_path / "one", tmp_path / "run"
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    first, second = (document(run / "run.json")["results"] for run in (one, two))
-    assert first["tuned"]["pairs"] == second["tuned"]["pairs"] == 9
-    for key in ("loss", "accuracy", "margin"):
-        assert second["tuned"][key] == pytest.approx(first["tuned"][key], rel=1e-3), key
-    for key in ("tokens_seen", "tokens_trained", "steps"):
-        assert first[key] == second[key]
 
 
 def test_two_processes_make_a_step_of_ppo_as_one_does(tiny: Callable[..., Path], tmp_path: Path) -> None:
