@@ -43,6 +43,9 @@ class Case:
 UNEVEN = {"data": {"packing": False, "holdout": 9}, "optim": {"max_steps": None, "epochs": 1}, "batch": {"size": 16}}
 """51 rows in batches of 16: the last step has 3, of which the second of two processes gets none."""
 
+EPOCH = {"optim": {"max_steps": None, "epochs": 1}, "batch": {"size": 16, "micro": 8}}
+"""39 pairs in batches of 16: the last step has 7, of which the second of two processes gets none."""
+
 CASES = (
     *(Case(f"sft {name}", "SFT, LoRA, packed rows, every generation", base=name) for name in TINY_NAMES),
     Case("uneven", "SFT, single rows, uneven last batch", changes=UNEVEN, overrides=("batch.micro=4",)),
@@ -52,8 +55,8 @@ CASES = (
     Case("nf4", "QLoRA (NF4, fp32 on a CPU)", overrides=("model.quantization=nf4",)),
     Case("int8", "LoRA on int8", overrides=("model.quantization=int8",), strategies=("ddp",)),
     Case("dora", "DoRA", overrides=("adapter.dora=true",)),
-    Case("reward", "reward model", stage="reward"),
-    Case("dpo", "DPO", stage="dpo"),
+    Case("reward", "reward model, uneven last batch", stage="reward", changes={**EPOCH, "reward": {"margin": "score"}}),
+    Case("dpo", "DPO, uneven last batch", stage="dpo", changes={**EPOCH, "dpo": {"sft_weight": 0.5}}),
     Case("dpo cached", "DPO, reference scored beforehand", stage="dpo",
          overrides=("dpo.precompute_reference=true",)),
 )  # fmt: skip

@@ -236,11 +236,35 @@ class RunTrainer(Trainer):
         The Trainer divides such a loss by the number of passes (transformers 5.23, `training_step`). At the end of the
         data the last pass of a step may have fewer rows, which would weigh more then.
         """
-        loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._gathering_any_number():
+            loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training and self.loss_is_scaled_for_ga is False and not return_outputs:
             loss = loss * self.weight_in_step(_sequences, together=self._uneven)
             self._passes += 1
         return loss
+
+    @contextmanager
+    def _gathering_any_number(self) -> Iterator[None]:
+        """Let TRL gather its metrics where processes have different numbers of rows.
+
+        TRL 1.16 (reward_trainer.py, dpo_trainer.py) gathers one value a row by a collective that wants equal shapes:
+        gloo aborts on others, and NCCL reads past the end.
+        """
+        if not self._uneven:
+            yield
+            return
+
+        def gather(tensor: torch.Tensor) -> torch.Tensor:
+            own = tensor[:0] if self._idle and tensor.ndim else tensor  # a repetition is no row
+            parts: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(parts, own.detach().cpu())
+            return torch.cat([part if part.ndim else part[None] for part in parts]).to(tensor.device)
+
+        self.accelerator.gather = gather
+        try:
+            yield
+        finally:
+            del self.accelerator.gather
 
     def weight_in_step(self, size: Callable[[Mapping[str, Any]], float], *, together: bool) -> float:
         """What the mean over the present pass weighs in the mean over all passes of the step: 1 where all are alike.

@@ -13,7 +13,6 @@ import torch
 
 from gemma_tune.cli import main
 from tests.integration.test_preferences_tiny import pair_recipe
-from tests.integration.test_two_processes import on_two_processes
 from tests.integration.tiny_runs import COLOURS, THINGS, document, lines
 
 Tiny = Callable[..., Path]
@@ -75,21 +74,6 @@ def test_passes_of_any_size_make_the_same_steps(
     for micro in (2, 4):
         for key, values in found[micro].items():
             assert values == pytest.approx(found[1][key], rel=1e-4, abs=1e-5), (micro, key)
-
-
-@pytest.mark.parametrize("stage", ["dpo", "reward"])
-def test_the_last_step_counts_each_pair_once_on_two_processes(tiny: Tiny, tmp_path: Path, stage: str) -> None:
-    """Nine pairs in steps of four: in the last step the second process has nothing but a repetition."""
-    changes: dict[str, Any] = {"dpo": {"sft_weight": 0.5}} if stage == "dpo" else {"reward": {"margin": "score"}}
-    recipe = epoch_recipe(
-        tmp_path, tiny("gemma3_text"), stage, pairs=11, holdout=2, batch={"size": 4, "micro": 1}, **changes
-    )
-    assert main([stage, str(recipe), f"output={tmp_path / 'one'}"]) == 0
-    on_two_processes(stage, str(recipe))
-    one, two = (lines(tmp_path / name / "metrics.jsonl") for name in ("one", "run"))
-    for key in ("loss", "grad_norm", "eval_loss", "tokens_seen", "tokens_trained"):
-        expected = [row[key] for row in one if key in row]
-        assert expected and [row[key] for row in two if key in row] == pytest.approx(expected, rel=1e-4), key
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward"])
