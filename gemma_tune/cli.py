@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_tune import __version__, console
-from gemma_tune.errors import AccessError, GemmaTuneError, LostProcess, Stopped, UserError
+from gemma_tune.errors import AccessError, GemmaTuneError, LostProcess, UserError
 from gemma_tune.privacy import keep_private
 
 Job = Callable[[], int]
@@ -428,7 +428,7 @@ def gather(
     checkpoint: Annotated[str, typer.Argument(metavar="RUN/checkpoint-N", help="A checkpoint in parts.")],
     out: Annotated[str | None, typer.Option(help="Folder to make. Default: beside it.", show_default=False)] = None,
 ) -> Job:
-    """Make one folder of a sharded checkpoint."""
+    """Make one folder of a sharded checkpoint: weights and config."""
     return lambda: _command("gather").run(checkpoint, out)
 
 
@@ -617,7 +617,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failure.exit_code
 
 
-_SAME_SECONDS, _LOST_SECONDS = 1.0, 10.0
+_SAME_SECONDS, _LOST_SECONDS = 3.0, 10.0
 
 
 def _report(failure: GemmaTuneError, rank: int) -> None:
@@ -629,8 +629,6 @@ def _report(failure: GemmaTuneError, rank: int) -> None:
     if isinstance(failure, LostProcess):
         time.sleep(_LOST_SECONDS)
     if rank:
-        if isinstance(failure, Stopped):
-            return  # all stop together, and the first one says so
         time.sleep(_SAME_SECONDS)
         console.err(f"process {rank} on {socket.gethostname()}:")
     console.print_error(failure)

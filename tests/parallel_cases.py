@@ -52,6 +52,8 @@ CASES = (
     Case("checkpointing", "SFT, activation checkpointing, shared keys and values", base="gemma4",
          overrides=("memory.gradient_checkpointing=true",)),
     Case("full", "full fine-tune, tied head", overrides=("adapter=null", "optim.learning_rate=1e-3")),
+    Case("full with towers", "full fine-tune, frozen towers", base="gemma4", strategies=("fsdp2",),
+         overrides=("adapter=null", "optim.learning_rate=1e-3")),
     Case("nf4", "QLoRA (NF4, fp32 on a CPU)", overrides=("model.quantization=nf4",)),
     Case("int8", "LoRA on int8", overrides=("model.quantization=int8",), strategies=("ddp",)),
     Case("dora", "DoRA", overrides=("adapter.dora=true",)),

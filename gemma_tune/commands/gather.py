@@ -10,7 +10,10 @@ from gemma_tune.errors import AccessError, UserError
 
 
 def run(target: str, out: str | None) -> int:
-    """Write the weights of a sharded checkpoint as PEFT and transformers open them.
+    """Write the weights and the config of a sharded checkpoint in one folder, as PEFT and transformers open them.
+
+    No more than a checkpoint in one file has: tokenizer, card and the statistics of a reward model are those of a
+    finished run.
 
     Args:
         target: `RUN/checkpoint-N`.
@@ -24,7 +27,7 @@ def run(target: str, out: str | None) -> int:
     from gemma_tune.train.sharded_checkpoint import has_parts
     from gemma_tune.train.weights import write_gathered
 
-    source = Path(target).expanduser()
+    source = Path(target).expanduser().resolve()
     if not has_parts(source):
         raise UserError(
             "it is no checkpoint in parts", where=target, fix="name RUN/checkpoint-N of a run with checkpoint: sharded"
@@ -33,9 +36,15 @@ def run(target: str, out: str | None) -> int:
     if folder.exists():
         raise UserError("it is there already", where=str(folder), fix="choose another folder with --out")
     try:
-        checkpoint.read(source)
+        found = checkpoint.read(source)
     except checkpoint.Damaged as exc:
         raise AccessError(f"it is damaged: {exc}", where=target, fix="take another checkpoint of the run") from exc
+    if found.identity.get("adapter.mode") == "stack":
+        raise UserError(
+            "this run trains on top of another adapter, and a checkpoint holds the upper one alone",
+            where=target,
+            fix="let the run end with --resume auto: its result is both in one",
+        )
     staging = folder.with_name(f".staging-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     with checkpoint.disk_errors(folder, AccessError, fix="choose a larger disk with --out"):

@@ -25,13 +25,16 @@ Without it transformers loads a multimodal Gemma into the text-only class with r
 _SHOWN = 3
 
 
-def load_base(model: Mapping[str, Any], quantization: Mapping[str, Any], family: Family) -> PreTrainedModel:
+def load_base(
+    model: Mapping[str, Any], quantization: Mapping[str, Any], family: Family, *, device: str | None = None
+) -> PreTrainedModel:
     """The base model, on the device of this process, ready for an adapter or a full fine-tune.
 
     Args:
         model: `Plan.values("model")`: name, revision, text_only, dtype, attn_implementation.
         quantization: keywords of BitsAndBytesConfig; empty for none.
         family: the generation that the plan was made for.
+        device: another one than this process's own, such as `cpu` for weights that go to a GPU in parts.
 
     Returns:
         The model in evaluation mode, towers frozen, caching off, with every stop id of the generation in its
@@ -52,7 +55,7 @@ def load_base(model: Mapping[str, Any], quantization: Mapping[str, Any], family:
         dtype=dtype_named(model.get("dtype") or "bfloat16"),
         attn_implementation=attention,
         quantization_config=_quantization(quantization, family),
-        device_map=device_map(),
+        device_map={"": device} if device else device_map(),
     )
     check_report(report, source.name, only_text)
     prepare(loaded, family)

@@ -111,6 +111,7 @@ class Launch:
         replicas, shards: sizes of its parallelism config (HSDP): groups, and processes in one; None where it has none.
         checkpoint: `full` or `sharded`, of an FSDP configuration; None where it does not say.
         offload, reshard_after_forward: of an FSDP configuration; None where it does not say.
+        started: whether there is a launcher at all; it can start one process, too.
         other: what it asks for beside that and cannot have here, such as `DeepSpeed`; empty where there is nothing.
     """
 
@@ -122,6 +123,7 @@ class Launch:
     checkpoint: Literal["full", "sharded"] | None = None
     offload: bool | None = None
     reshard_after_forward: bool | None = None
+    started: bool = True
     other: str = ""
 
     @property
@@ -162,6 +164,7 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
         checkpoint=STATE_DICTS.get(kind) if sharded else None,
         offload=is_true(environment.get("FSDP_OFFLOAD_PARAMS")) if sharded else None,
         reshard_after_forward=is_true(environment.get("FSDP_RESHARD_AFTER_FORWARD", "true")) if sharded else None,
+        started="WORLD_SIZE" in environment,
         other=", ".join(other),
     )
 

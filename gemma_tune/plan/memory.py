@@ -77,7 +77,7 @@ def _constants(parameters: Parameters, work: Workload) -> MemoryTerm:
 def _loading(weights: list[MemoryTerm], terms: list[MemoryTerm], work: Workload) -> MemoryTerm:
     """What loading needs above the peak of a step: a process that quantises has the whole model before it has a part.
 
-    So it is on a CPU. Other weights are read by one process into its computer's memory, and sent in parts.
+    So it is on a CPU. Other weights are read into the computer's memory by each process, and go to the GPU in parts.
     """
     whole = work.quantization != "none" or work.device == "cpu"
     more = total(weights) + _overhead(work).bytes - total(terms) if work.shards and whole else 0

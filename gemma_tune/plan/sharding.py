@@ -101,7 +101,7 @@ def _strategy(
     recipe: Recipe, machine: Machine, launch: Launch, against: Problem | None, fits_whole: Callable[[], bool]
 ) -> tuple[Literal["single", "ddp", "fsdp2", "hsdp"], str]:
     asked = recipe.distributed.strategy
-    if asked == "ddp" and launch.world_size == 1:
+    if asked != "auto" and launch.world_size == 1 and (asked == "ddp" or not launch.started):
         return "single", "recipe; one process has nobody to share with"
     if asked != "auto":
         return asked, "recipe"
@@ -220,15 +220,15 @@ def sharding_keywords(recipe: Recipe, machine: Machine, family: Family, sharding
         chosen["ddp_timeout"] = Choice(seconds, f"distributed.timeout: {sharding.timeout:g} minutes, in seconds")
     if not sharding.sharded:
         return chosen
-    quantised = recipe.model.quantization != "none"
     config = {
         "version": 2,
         "reshard_after_forward": sharding.reshard_after_forward,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": wrapped_layers(recipe, family),
         "state_dict_type": "SHARDED_STATE_DICT" if sharding.checkpoint == "sharded" else "FULL_STATE_DICT",
-        # Rank 0 reads the weights and sends them. bitsandbytes quantises on each process, so there it does nothing.
-        "cpu_ram_efficient_loading": machine.device == "cuda" and not quantised,
+        # It stops at saved buffers, which Gemma 4 has (accelerate 1.15, fsdp2_load_full_state_dict). Each process reads
+        # the weights into its computer's memory instead (models/load.py), and sends its part to the device.
+        "cpu_ram_efficient_loading": False,
         "cpu_offload": sharding.offload,
         # The plugin's own kind renames modules, and the adapter that is saved is empty (accelerate 1.15, peft 0.21).
         "activation_checkpointing": False,

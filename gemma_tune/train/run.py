@@ -201,7 +201,11 @@ def reward_hashes(plan: Plan) -> tuple[str, ...]:
 def load_model(plan: Plan, materials: Materials) -> Any:
     """The base of `plan`, with its adapter where it has one."""
     set_seed(plan.values("session")["seed"])  # peft draws A at random
-    model: Any = load_base(plan.values("model"), plan.values("quantization"), materials.family)
+    quantization, session = plan.values("quantization"), plan.values("session")
+    # What is to be in parts need not fit a GPU whole; bitsandbytes quantises on the GPU, and a reference scores there.
+    apart = session["distributed"]["strategy"] in sharding.SHARDED and not session.get("precompute_reference")
+    device = "cpu" if apart and not quantization else None
+    model: Any = load_base(plan.values("model"), quantization, materials.family, device=device)
     check_vocabulary(model, materials.tokenizer, materials.family)
     lora, start = plan.values("lora"), start_of(plan)
     if start:

@@ -37,6 +37,8 @@ def take_over(distributed: Mapping[str, Any], autocast: str | None) -> None:
     if distributed["strategy"] in SHARDED:
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ["FSDP_VERSION"] = "2"
+        # accelerate (1.15, state.py) gives CPU tensors a backend beside NCCL only where the environment says so.
+        os.environ["FSDP_OFFLOAD_PARAMS"] = str(bool(distributed["offload"])).lower()
     else:
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     os.environ["ACCELERATE_MIXED_PRECISION"] = autocast or "no"
@@ -154,9 +156,9 @@ def settle(model: Any) -> None:
 
 @torch.no_grad()
 def make_whole(model: Any, *, writes: bool) -> None:
-    """Put the whole of each trained or adapted parameter into the model, which is only written from here on.
+    """Put the whole of each parameter that is written into the model, which nobody runs from here on.
 
-    Of a full fine-tune only the process that writes keeps them, on the CPU. Parameters of a frozen base stay in parts.
+    Only the process that writes keeps them, on the CPU. Of a model with an adapter the base stays in parts.
 
     Args:
         model: which no process runs any more.
@@ -174,9 +176,12 @@ def make_whole(model: Any, *, writes: bool) -> None:
 
 
 def _wanted(model: Any) -> Iterator[tuple[torch.nn.Module, str, DTensor]]:
+    """(module, name in it, parameter) of what is written: all of a whole model, its frozen towers too."""
+    adapted = any("lora_" in name for name, _ in model.named_parameters())
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor) and (parameter.requires_grad or "lora_" in f"{name}.{key}"):
+            written = not adapted or parameter is None or parameter.requires_grad or "lora_" in f"{name}.{key}"
+            if isinstance(parameter, DTensor) and written:
                 yield module, key, parameter
 
 

@@ -288,16 +288,24 @@ class RunTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         # Under fp16 a GradScaler skips a step with an infinite gradient by itself; there only the loss counts.
         scaled = getattr(self.accelerator, "scaler", None) is not None
-        if not torch.isfinite(self._tr_loss):
-            self._report_non_finite("the loss")
-        if not scaled and not math.isfinite(float(norm)):
-            self._report_non_finite("the gradient norm")
+        found = bool(torch.isfinite(self._tr_loss)), scaled or math.isfinite(float(norm))
+        if not agreement(self)(not all(found)):
+            return norm
+        rows = [ids for batch in self._rows for ids in batch["input_ids"].tolist()]
+        self._report_non_finite({"process": self.args.process_index, "finite": found, "input_ids": rows})
         return norm
 
-    def _report_non_finite(self, what: str) -> None:
+    def _report_non_finite(self, own: Mapping[str, Any]) -> None:
+        """All processes come here together: whose loss it was decides whose rows are to be looked at."""
+        parts: list[Any] = [own]
+        if self.args.world_size > 1:
+            parts = [None] * self.args.world_size
+            torch.distributed.all_gather_object(parts, own)
+        guilty = [part for part in parts if not part["finite"][0]]
+        what = "the loss" if guilty else "the gradient norm"
         step = self.state.global_step + 1
-        rows = [ids for batch in self._rows for ids in batch["input_ids"].tolist()]
         if self.is_world_process_zero():
+            rows = [ids for part in guilty or parts for ids in part["input_ids"]]
             text = json.dumps({"step": step, "what": what, "input_ids": rows})
             checkpoint.write_atomically(self._folder.path / "non_finite.json", text)
         raise TrainingError(

@@ -40,7 +40,9 @@ def shared(plan: Plan) -> tuple[str, int, int]:
 
 
 def test_without_a_launcher_there_is_one_process():
-    assert launch_of({}) == Launch()
+    assert launch_of({}) == Launch(started=False)
+    plan = under(launch_of({}), FSDP2)
+    assert plan.values("session")["distributed"]["strategy"] == "single" and "fsdp" not in plan.trainer
 
 
 def test_torchrun():
@@ -245,7 +247,7 @@ def test_keywords_of_ddp():
 @pytest.mark.parametrize(
     ("changes", "machine", "efficient"),
     [
-        ({"model.quantization": "none"}, "8xh100", True),
+        ({"model.quantization": "none"}, "8xh100", False),
         ({}, "8xh100", False),
         ({"model.quantization": "none"}, BF16_CPU, False),
     ],
