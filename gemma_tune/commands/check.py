@@ -13,6 +13,7 @@ from gemma_tune.errors import AccessError, Problem, UserError
 from gemma_tune.gemma.families import Family
 from gemma_tune.gemma.shape import Shape
 from gemma_tune.plan.accelerate_check import file_problems
+from gemma_tune.plan.accelerate_counts import count_problems
 from gemma_tune.plan.accelerate_files import accelerate_file, launch_in, read_accelerate_file
 from gemma_tune.plan.choices_batch import most_processes
 from gemma_tune.plan.choices_model import choose_precision
@@ -82,13 +83,14 @@ def _under(path: Path, recipe: Recipe, name: str | None, family: Family, shape: 
     """
     file = read_accelerate_file(path)
     target = named_machine(name) if name else glance(os.environ)
+    problems = list(count_problems(file, target if name else None))
     launch = launch_in(file, target.world_size if name else max(1, target.gpus))
     on_cpu = is_true(file.text("use_cpu"))
     if on_cpu and target.device == "cuda" and not name:
         target = cpu_machine()
     memory = target.memory_bytes // launch.processes_per_node if target.device == "cpu" else target.memory_bytes
     target = replace(target, memory_bytes=memory, world_size=launch.world_size, nodes=launch.nodes)
-    problems = list(file_problems(file, recipe, family, choose_precision(recipe, target, family)))
+    problems += file_problems(file, recipe, family, choose_precision(recipe, target, family))
     if on_cpu and target.device == "cuda":
         problems.append(
             Problem(f"keeps to the CPU, and {name} has GPUs", file.where("use_cpu"), "write `use_cpu: false`")

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 from gemma_tune.errors import Problem
 from gemma_tune.gemma.families import Family
-from gemma_tune.plan.accelerate_files import AccelerateFile
+from gemma_tune.plan.accelerate_files import KEYS, AccelerateFile
 from gemma_tune.plan.choices_model import DTYPES, Precision
-from gemma_tune.plan.machine import STATE_DICTS, is_true
+from gemma_tune.plan.machine import STATE_DICTS, is_false, is_true
 from gemma_tune.plan.sharding import wrapped_layers
 from gemma_tune.recipe.names import did_you_mean, nearest
 from gemma_tune.recipe.schema import Recipe
 
 KINDS = ("NO", "MULTI_GPU", "FSDP")
 """Values of distributed_type that work. MULTI_GPU also starts several processes on a CPU."""
+
+_PRECISIONS = ("no", "fp16", "bf16", "fp8")
 
 _NOT_STARTED = {
     "MULTI_CPU": (
@@ -30,16 +32,41 @@ _NOT_STARTED = {
 }
 
 # fmt: off
-KEYS = frozenset({
-    "compute_environment", "distributed_type", "mixed_precision", "use_cpu", "debug", "num_processes",
-    "machine_rank", "num_machines", "gpu_ids", "main_process_ip", "main_process_port", "rdzv_backend",
-    "same_network", "main_training_function", "enable_cpu_affinity", "downcast_bf16", "tpu_name", "tpu_zone",
-    "tpu_use_cluster", "tpu_use_sudo", "command_file", "commands", "tpu_vm", "tpu_env", "dynamo_backend",
-    "fp16", "fsdp_config", "parallelism_config", "deepspeed_config", "megatron_lm_config", "mpirun_config",
-    "fp8_config", "dynamo_config",
+_SWITCHES = frozenset({
+    "offload_params", "reshard_after_forward", "forward_prefetch", "use_orig_params", "cpu_ram_efficient_loading",
+    "sync_module_states", "activation_checkpointing", "activation_checkpointing_offload",
 })
 # fmt: on
-"""Keys that accelerate 1.15 knows (commands/config/config_args.py); it stops at any other."""
+
+FSDP_KEYS = frozenset(f"fsdp_{name}" for name in _SWITCHES) | {
+    "fsdp_version",
+    "fsdp_min_num_params",
+    "fsdp_sharding_strategy",
+    "fsdp_auto_wrap_policy",
+    "fsdp_transformer_layer_cls_to_wrap",
+    "fsdp_backward_prefetch",
+    "fsdp_state_dict_type",
+    "fsdp_ignored_modules",
+}
+"""Keys of fsdp_config that accelerate launch 1.15 passes on: its options, and fsdp_ignored_modules. It drops others."""
+
+MESH_KEYS = frozenset(
+    f"parallelism_config_{name}"
+    for name in (
+        "dp_replicate_size",
+        "dp_shard_size",
+        "tp_size",
+        "cp_size",
+        "cp_backend",
+        "cp_comm_strategy",
+        "sp_size",
+        "sp_backend",
+        "sp_seq_length",
+        "sp_seq_length_is_variable",
+        "sp_attn_implementation",
+    )
+)
+"""Keys of parallelism_config, likewise."""
 
 
 def file_problems(file: AccelerateFile, recipe: Recipe, family: Family, precision: Precision) -> Iterator[Problem]:
@@ -52,8 +79,11 @@ def file_problems(file: AccelerateFile, recipe: Recipe, family: Family, precisio
         precision: its types on the machine (`choose_precision`).
     """
     yield from _form(file)
+    yield from _parallel(file)
     if file.kind == "FSDP":
+        yield from _section(file, "fsdp_config", FSDP_KEYS)
         yield from _version(file)
+        yield from _switches(file)
         yield from _checkpointing(file, family)
         yield from _wrapping(file, recipe, family)
         yield from _state(file)
@@ -85,9 +115,46 @@ def _form(file: AccelerateFile) -> Iterator[Problem]:
         yield Problem(what, file.where("distributed_type"), fix)
 
 
+def _parallel(file: AccelerateFile) -> Iterator[Problem]:
+    """Tensor, context and sequence parallelism, and misspelt keys beside them."""
+    yield from _section(file, "parallelism_config", MESH_KEYS)
+    for short, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        key = f"parallelism_config.parallelism_config_{short}_size"
+        if (size := file.number(key) or 1) > 1:
+            yield Problem(
+                f"{name} parallelism ({short}_size: {size}) is not supported",
+                file.where(key),
+                "remove the line; to share a model's memory: fsdp2, or hsdp on several machines",
+            )
+
+
+def _section(file: AccelerateFile, section: str, known: frozenset[str]) -> Iterator[Problem]:
+    """Keys that accelerate launch would drop without a word."""
+    for dotted in file.values:
+        outer, _, key = dotted.partition(".")
+        if outer == section and key and key not in known:
+            meant = nearest(key, known) or nearest(f"{section}_{key}", known)
+            yield Problem(
+                f"accelerate knows no key {key!r} in {section}, and would do without it",
+                file.where(dotted),
+                did_you_mean(meant) or "remove the line",
+            )
+
+
+def _switches(file: AccelerateFile) -> Iterator[Problem]:
+    for name in sorted(_SWITCHES):
+        said = file.fsdp(name, "false")
+        if not is_true(said) and not is_false(said):
+            where = file.where(f"fsdp_config.fsdp_{name}")
+            yield Problem(f"fsdp_{name}: {said} is neither true nor false", where, "write `true` or `false`")
+
+
 def _version(file: AccelerateFile) -> Iterator[Problem]:
     version = file.fsdp("version", "1")
-    if version != "2":
+    if version not in ("1", "2"):
+        where = file.where("fsdp_config.fsdp_version")
+        yield Problem(f"there is no FSDP of version {version}", where, "write `fsdp_version: 2`")
+    elif version == "1":
         said = (
             f"fsdp_version: {version}" if "fsdp_config.fsdp_version" in file.values else "no fsdp_version, which is 1,"
         )
@@ -198,6 +265,12 @@ def _groups(file: AccelerateFile) -> Iterator[Problem]:
 
 def _types(file: AccelerateFile, family: Family) -> Iterator[Problem]:
     precision = file.text("mixed_precision", "no").lower()
+    if precision not in _PRECISIONS:
+        yield Problem(
+            f"mixed_precision: {precision} is nothing that accelerate knows",
+            file.where("mixed_precision"),
+            "write `mixed_precision: 'no'`: types are the recipe's (model.precision)",
+        )
     if precision == "fp16" and (file.kind == "FSDP" or not family.fp16_safe):
         why = "fp16 cannot be sharded" if file.kind == "FSDP" else f"{family.label} overflows fp16"
         yield Problem(

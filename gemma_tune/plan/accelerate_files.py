@@ -7,13 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gemma_tune.errors import UserError
+from gemma_tune.errors import Problem, UserError
 from gemma_tune.plan.machine import STATE_DICTS, Launch, is_true
 from gemma_tune.recipe import yaml
 from gemma_tune.recipe.names import did_you_mean, nearest
 from gemma_tune.recipe.shipped import shipped_folder
 
 FOLDER: Final = "accelerate_configs"
+
+# fmt: off
+KEYS = frozenset({
+    "compute_environment", "distributed_type", "mixed_precision", "use_cpu", "debug", "num_processes",
+    "machine_rank", "num_machines", "gpu_ids", "main_process_ip", "main_process_port", "rdzv_backend",
+    "same_network", "main_training_function", "enable_cpu_affinity", "downcast_bf16", "tpu_name", "tpu_zone",
+    "tpu_use_cluster", "tpu_use_sudo", "command_file", "commands", "tpu_vm", "tpu_env", "dynamo_backend",
+    "fp16", "fsdp_config", "parallelism_config", "deepspeed_config", "megatron_lm_config", "mpirun_config",
+    "fp8_config", "dynamo_config",
+})
+# fmt: on
+"""Keys that accelerate 1.15 knows (commands/config/config_args.py); it stops at any other."""
+
+_LISTS = frozenset({"commands", "tpu_vm", "tpu_env"})
+_LISTS_IN_SECTIONS = ("fsdp_config.fsdp_transformer_layer_cls_to_wrap", "fsdp_config.fsdp_ignored_modules")
 
 
 def accelerate_file(name: str) -> Path:
@@ -92,26 +107,56 @@ def read_accelerate_file(path: Path) -> AccelerateFile:
     """Read the YAML file `path`.
 
     Raises:
-        UserError: it cannot be read, is no YAML, or no mapping.
+        UserError: it cannot be read, is no YAML, or no mapping; or a section or value has another form than accelerate
+            reads.
     """
     name = str(path)
     document = yaml.parse(yaml.decode(yaml.read_bytes(name), name), name, mapping=False)
     if not isinstance(document.root.value, dict):
         raise UserError("is no accelerate file: it holds no keys", where=name, fix="`accelerate config` writes one")
-    if document.problems:
-        raise UserError.of(document.problems)
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
+    problems = list(document.problems)
     for key, node in document.root.value.items():
+        if key in KEYS and (problem := _misshapen(key, node.value, f"{name}:{node.line}")):
+            problems.append(problem)
+            continue
+        if key == "mixed_precision" and node.plain and node.text.lower() in ("no", "off", "false"):
+            what = f"{node.text} without quotes is false for accelerate, which stops at it"
+            problems.append(Problem(what, f"{name}:{node.line}", "write `mixed_precision: 'no'`"))
         content = node.value
         section = (
-            {key: node} if not isinstance(content, dict) else {f"{key}.{name}": one for name, one in content.items()}
+            {key: node} if not isinstance(content, dict) else {f"{key}.{inner}": one for inner, one in content.items()}
         )
         for dotted, one in section.items():
             full = re.sub(r"^fsdp_config\.(?!fsdp_)", "fsdp_config.fsdp_", dotted)
+            inside = full.startswith(("fsdp_config.", "parallelism_config."))
+            if inside and not _is_single(one.value, full in _LISTS_IN_SECTIONS):
+                problems.append(Problem(f"{full} is no single value", f"{name}:{one.line}", "write one value"))
             values[full] = [item.value for item in one.value] if isinstance(one.value, list) else one.value
             lines[full] = one.line
+    if problems:
+        raise UserError.of(problems)
     return AccelerateFile(path, values, lines)
+
+
+def _misshapen(key: str, value: Any, where: str) -> Problem | None:
+    """A section that is none, or a single value that is a list or a section."""
+    if key.endswith("_config"):
+        if value is None or isinstance(value, dict):
+            return None
+        return Problem(f"{key} is no section", where, "write its keys below it, indented, or remove the line")
+    if key == "gpu_ids" and not isinstance(value, str | None):
+        return Problem("gpu_ids is no text, which accelerate splits at commas", where, "write such as `gpu_ids: '0,1'`")
+    if _is_single(value, key in _LISTS):
+        return None
+    return Problem(f"{key} is no single value", where, "write one value behind it")
+
+
+def _is_single(value: Any, may_be_list: bool) -> bool:
+    if may_be_list and isinstance(value, list):
+        return all(_is_single(item.value, False) for item in value)
+    return not isinstance(value, list | dict)
 
 
 def launch_in(file: AccelerateFile, processes: int) -> Launch:

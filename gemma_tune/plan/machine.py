@@ -83,20 +83,33 @@ MACHINES: dict[str, Machine] = {
 }
 
 
+MOST_GPUS = 100_000
+"""Of a named machine, all nodes together."""
+
+_SEVERAL = re.compile(r"(?:([1-9][0-9]*)x)?([1-9][0-9]*)x(.+)")
+
+
 def named_machine(name: str) -> Machine:
     """A machine of the table, or several of them: `8xh100` has eight GPUs, `2x8xh100` is two such nodes.
 
     Raises:
-        UserError: the table has no such machine.
+        UserError: the table has no such machine, or there would be more than MOST_GPUS.
     """
     if name in MACHINES:
         return MACHINES[name]
-    found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x(.+)", name)
+    found = _SEVERAL.fullmatch(name)
     one = MACHINES.get(found[3]) if found else None
     if found is None or one is None or one.gpus != 1:
         hint = f"one of: {', '.join(MACHINES)}; several GPUs: 4xl4, several nodes: 2x8xh100"
+        small = name.lower()
+        again = _SEVERAL.fullmatch(small)
+        if small != name and (small in MACHINES or (again and again[3] in MACHINES)):
+            hint = f"did you mean '{small}'?"
         raise UserError(f"unknown machine '{name}'", where="--machine", fix=hint)
-    nodes, gpus = int(found[1] or 1), int(found[2])
+    # Up to nine digits each: Python refuses to read thousands of them.
+    nodes, gpus = (int(text[:9]) for text in (found[1] or "1", found[2]))
+    if nodes * gpus > MOST_GPUS:
+        raise UserError("more GPUs than any plan is for", where="--machine", fix=f"up to {MOST_GPUS:,} in all")
     return replace(one, name=name, gpus=gpus, world_size=nodes * gpus, nodes=nodes)
 
 
@@ -190,6 +203,11 @@ STATE_DICTS: dict[str, Literal["full", "sharded"]] = {"FULL_STATE_DICT": "full",
 def is_true(text: str | None) -> bool:
     """As accelerate's `str_to_bool` reads it."""
     return (text or "").lower() in ("y", "yes", "t", "true", "on", "1")
+
+
+def is_false(text: str) -> bool:
+    """Likewise; what is neither is an error of accelerate."""
+    return text.lower() in ("n", "no", "f", "false", "off", "0")
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:

@@ -17,8 +17,7 @@ from torch import nn
 
 from gemma_tune.gemma.families import FAMILIES, Family, family_of
 from gemma_tune.gemma.shape import count
-from gemma_tune.plan.accelerate_check import KEYS
-from gemma_tune.plan.accelerate_files import launch_in, read_accelerate_file, shipped_files
+from gemma_tune.plan.accelerate_files import KEYS, launch_in, read_accelerate_file, shipped_files
 from gemma_tune.plan.gathered import NF4_BLOCK, layer_sizes, packed_bytes, root_size
 from gemma_tune.plan.machine import launch_of
 from gemma_tune.plan.memory import estimate

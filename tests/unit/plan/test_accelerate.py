@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import gemma_tune
 from gemma_tune.cli import app, main
 from gemma_tune.commands import check
 from gemma_tune.errors import UserError
+from gemma_tune.plan.accelerate_check import FSDP_KEYS, MESH_KEYS
 from gemma_tune.plan.accelerate_files import accelerate_file, launch_in, read_accelerate_file, shipped_files
 from gemma_tune.plan.machine import Launch
 
@@ -155,6 +157,22 @@ BROKEN = [
     (("TRANSFORMER_BASED_WRAP", "NO_WRAP"), "a.yaml:8: fsdp_auto_wrap_policy: NO_WRAP would gather the whole"),
     (("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP"), "a.yaml:8: groups by size would put the embedding, which is the"),
     (("FULL_STATE_DICT", "LOCAL_STATE_DICT"), "a.yaml:9: FSDP2 has no LOCAL_STATE_DICT"),
+    (("'no'", "nonsense"), "a.yaml:3: mixed_precision: nonsense is nothing that accelerate knows"),
+    (("'no'", "no"), "a.yaml:3: no without quotes is false for accelerate"),
+    (("num_machines: 1", "num_machines: 2"), "a.yaml:4: is for 2 machines, and 8xh100 is 1"),
+    (("num_processes: 8", "num_processes: 0"), "a.yaml:5: 0 processes train nothing"),
+    (("num_processes: 8", "use_cpu: true"), "a.yaml:5: says not how many processes share the CPU"),
+    (("num_machines: 1", "num_machines: 3"), "a.yaml:5: 8 processes cannot be the same number on each of 3"),
+    (("num_machines: 1", "num_machines: 2\nmachine_rank: 2"), "a.yaml:5: machine_rank 2 of 2 machines"),
+    (("num_machines: 1", "num_machines: 1\ngpu_ids: 0,1"), "a.yaml:5: gpu_ids names 2, for 8 processes"),
+    (("num_machines: 1", "num_machines: 1\ngpu_ids: [0, 1]"), "a.yaml:5: gpu_ids is no text"),
+    (("distributed_type: FSDP", "distributed_type: [FSDP]"), "a.yaml:2: distributed_type is no single value"),
+    (("distributed_type: FSDP", "distributed_type: {a: 1}"), "a.yaml:2: distributed_type is no single value"),
+    (("distributed_type: FSDP", "distributed_type: 3"), "a.yaml:2: 3 is nothing that gemma-tune runs under"),
+    (("num_machines: 1", "parallelism_config: 4"), "a.yaml:4: parallelism_config is no section"),
+    (("num_machines: 1", "dynamo_config: [a]"), "a.yaml:4: dynamo_config is no section"),
+    (("fsdp_version: 2", "fsdp_version: 3"), "a.yaml:7: there is no FSDP of version 3"),
+    (("fsdp_version: 2", "fsdp_version: {a: 1}"), "a.yaml:7: fsdp_config.fsdp_version is no single value"),
     (("num_processes: 8", "num_processes: 5"), "batch.size: batch.size 32 cannot be split|: batch.size 32 cannot be"),
     (("num_processes: 8", "num_processes: 16"), "num_processes: 16 processes a node, and 8xh100 has 8 GPUs"),
 ]
@@ -177,6 +195,9 @@ ADDED = [
         "a.yaml:10: fsdp_activation_checkpointing_offload stops accelerate",
     ),
     ("fsdp_ignored_modules: lm_head", "a.yaml:10: modules that FSDP ignores (lm_head)"),
+    ("fsdp_ofload_params: true", "a.yaml:10: accelerate knows no key 'fsdp_ofload_params' in fsdp_config"),
+    ("fsdp_offload_params: perhaps", "a.yaml:10: fsdp_offload_params: perhaps is neither true nor false"),
+    ("fsdp_reshard_after_forward: -3", "a.yaml:10: fsdp_reshard_after_forward: -3 is neither"),
     ("fsdp_cpu_ram_efficient_loading: true\n  fsdp_sync_module_states: false", "a.yaml:11: accelerate launch stops"),
 ]
 
@@ -184,6 +205,23 @@ ADDED = [
 @pytest.mark.parametrize(("line", "said"), ADDED, ids=[line[:40] for line, _ in ADDED])
 def test_what_is_found_in_a_further_line(found, line, said):
     assert any(said in finding for finding in found(f"{SOUND}  {line}\n"))
+
+
+@pytest.mark.parametrize("short", ["tp", "cp", "sp"])
+def test_parallelism_that_there_is_not(found, short):
+    mesh = f"parallelism_config:\n  parallelism_config_{short}_size: 2\n"
+    (finding,) = found(SOUND + mesh)
+    assert finding.startswith("a.yaml:11: ") and f"({short}_size: 2) is not supported" in finding
+    assert (
+        "knows no key 'dp_shard_size' in parallelism_config"
+        in found(SOUND + "parallelism_config: {dp_shard_size: 8}\n")[0]
+    )
+
+
+def test_the_keys_of_the_sections_are_accelerates():
+    source = Path(find_spec("accelerate").origin).parent / "commands/launch.py"
+    options = set(re.findall(r'"--((?:fsdp|parallelism_config)_\w+)"', source.read_text("utf-8")))
+    assert options | {"fsdp_ignored_modules"} == FSDP_KEYS | MESH_KEYS
 
 
 def test_the_right_classes_are_no_finding(found):
@@ -209,6 +247,13 @@ def test_groups_that_are_not_the_processes(found):
     mesh = "parallelism_config:\n  parallelism_config_dp_replicate_size: 2\n  parallelism_config_dp_shard_size: %d\n"
     assert found(SOUND + mesh % 4) == []
     assert "a.yaml:11: groups of 2 x 3 processes are not the 8" in found(SOUND + mesh % 3)[0]
+
+
+def test_machines_of_the_file_and_those_that_were_named(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE % "")
+    for machine, said in (("8xh100", "2 machines, and 8xh100 is 1"), ("3x8xh100", "2 machines, and 3x8xh100 is 3")):
+        with pytest.raises(UserError, match=said):
+            check.run(str(tmp_path / "r.yaml"), [], machine, True, "hsdp_2node")
 
 
 def test_memory_of_a_part_against_the_machine(found):

@@ -138,3 +138,14 @@ def test_an_unknown_machine_is_named_with_the_known_ones():
     with pytest.raises(UserError, match="'h900'") as caught:
         named_machine("h900")
     assert "8xh100" in caught.value.problems[0].fix
+    for name in ("8xH100", "2x8xH100", "T4"):
+        with pytest.raises(UserError) as caught:
+            named_machine(name)
+        assert caught.value.problems[0].fix == f"did you mean '{name.lower()}'?"
+
+
+@pytest.mark.parametrize("name", ["99999999999xh100", "99999x99999xh100", f"{'9' * 5000}xh100"])
+def test_more_gpus_than_there_are(name):
+    with pytest.raises(UserError, match="more GPUs than any plan is for"):
+        named_machine(name)
+    assert named_machine("12500x8xh100").world_size == 100_000
