@@ -92,7 +92,8 @@ def can_split(recipe: Recipe, processes: int) -> bool:
 
 def most_processes(recipe: Recipe, machine: Machine) -> int:
     """As many processes, one a device, as the global batch can be split over: what one would start on that machine."""
-    counts = range(machine.world_size, machine.nodes - 1, -machine.nodes)  # as many on each node
+    most = min(machine.world_size, recipe.batch.size)
+    counts = range(most - most % machine.nodes, machine.nodes - 1, -machine.nodes)  # as many on each node
     return next((count for count in counts if can_split(recipe, count)), 1)
 
 

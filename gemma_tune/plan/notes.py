@@ -154,7 +154,10 @@ def _devices(recipe: Recipe, machine: Machine, processes: int) -> Iterator[str]:
         return
     idle = f"{processes} of {gpus} GPUs will work"
     if not can_split(recipe, gpus):
-        yield f"{idle}: batch.size {recipe.batch.size} cannot be split over all of them."
+        micro = recipe.batch.micro
+        finer = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro": "auto"})})
+        by = f" in passes of batch.micro {micro}" if micro != "auto" and can_split(finer, gpus) else ""
+        yield f"{idle}: batch.size {recipe.batch.size} cannot be split over all of them{by}."
     else:
         yield f"{idle}; all of them: torchrun --nproc-per-node {machine.gpus} -m gemma_tune {recipe.stage} RECIPE."
 

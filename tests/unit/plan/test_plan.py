@@ -217,6 +217,7 @@ def test_a_small_batch_uses_what_gpus_it_can(changes, processes):
     assert most_processes(recipe, machine) == processes
     notes = " ".join(plan_for(changes, machine, world_size=processes).notes)
     assert ("cannot be split over all of them" in notes) == (processes < 8)
+    assert ("in passes of batch.micro 4." in notes) == ("batch.micro" in changes)
 
 
 def test_the_experts_note():
