@@ -33,6 +33,8 @@ _TAKES = {
     "ray": set[str](),
 }
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
+_GPU = re.compile(r"[A-Za-z0-9.-]+")
+_BREAKS = re.compile("[\x7f-\x9f\u2028\u2029\ufeff]")  # YAML takes them for ends of lines, or not at all
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
 
 
@@ -144,6 +146,8 @@ def _check_options(job: Job, recipe: Recipe) -> None:
                 f"output=/STORAGE/{recipe.output}, where all machines see it",
             )
         )
+    if job.gpu is not None and not _GPU.fullmatch(job.gpu):
+        problems.append(Problem(f"{job.gpu!r} names no kind of GPU", "--gpu", "letters, digits, . and -, such as H100"))
     if job.time is not None:
         seconds_of(job.time)
     if problems:
@@ -169,30 +173,37 @@ def _kubeflow(job: Job, recipe: Recipe, text: str) -> dict[str, str]:
     deadline = f"  activeDeadlineSeconds: {seconds_of(job.time)}\n" if job.time else ""
     return {
         "recipe_text": "".join(f"    {line}".rstrip() + "\n" for line in text.splitlines()).rstrip("\n"),
-        "command": "\n".join(f"      - {json.dumps(word)}" for word in words),
+        # Kubernetes puts variables in for $(NAME) in a command; $$ stands for one $.
+        "command": "\n".join(f"      - {_quoted(word.replace('$', '$$'))}" for word in words),
         "deadline": deadline,
-        "image": json.dumps(job.image),
-        "volume": json.dumps(job.volume),
+        "image": _quoted(job.image),
+        "volume": _quoted(job.volume),
         "shared": SHARED,
     }
 
 
 def _skypilot(job: Job, recipe: Recipe, text: str) -> dict[str, str]:
     words = _command(job, recipe, job.recipe, *(_on_shared(recipe) if job.volume else []))
-    mount = f"  {SHARED}:\n    source: {json.dumps(job.volume)}\n    mode: MOUNT_CACHED\n"
+    mount = f"  {SHARED}:\n    source: {_quoted(job.volume)}\n    mode: MOUNT_CACHED\n"
     return {
-        "gpu": str(job.gpu),
-        "image": f"  image_id: {json.dumps(f'docker:{job.image}')}\n" if job.image else "",
+        "accelerators": _quoted(f"{job.gpu}:{job.gpus}"),
+        "image": f"  image_id: {_quoted(f'docker:{job.image}')}\n" if job.image else "",
         "setup": "" if job.image else "setup: |\n  pip install .  # of the folder that you start from: a checkout\n",
         "storage": f"file_mounts:\n{mount}" if job.volume else "",
         "home": f"{SHARED}/huggingface" if job.volume else "~/.cache/huggingface",
-        "command": shlex.join(words),
+        # A block of YAML ends at a line that is not indented, and leaves its indentation out again.
+        "command": shlex.join(words).replace("\n", "\n  "),
     }
 
 
 def _ray(job: Job, recipe: Recipe, text: str) -> dict[str, str]:
     words = [recipe.stage, job.recipe, *job.overrides, "--resume", "auto"]
-    return {"arguments": json.dumps(words), "quoted_name": json.dumps(job_name(recipe.output))}
+    return {"arguments": json.dumps(words, ensure_ascii=False), "quoted_name": json.dumps(job_name(recipe.output))}
+
+
+def _quoted(text: str | None) -> str:
+    """`text` as a double-quoted scalar of YAML. Not in ASCII: JSON's pairs of surrogates are two broken signs there."""
+    return _BREAKS.sub(lambda sign: f"\\u{ord(sign[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ After a change of a template: GEMMA_TUNE_WRITE_GOLDEN=1 pytest tests/unit/launch
 
 from __future__ import annotations
 
+import ast
 import os
 import shlex
 import subprocess
@@ -248,6 +249,7 @@ def test_the_ray_script_trains_in_workers_that_ray_has_started(
         (["kubeflow", "--volume", "x"], "--image: is needed"),
         (["skypilot", "--time", "90"], "--time: skypilot has no place for it"),
         (["skypilot"], "--gpu: is needed"),
+        (["skypilot", "--gpu", "L4:1\nrun: |"], "names no kind of GPU"),
         (["skypilot", "--gpu", "L4", "--nodes", "2"], "--volume: is needed: all nodes read the run folder"),
         (["ray", "--volume", "x"], "--volume: ray has no place for it"),
         (["ray"], "output: runs/My_First run would lie in a folder that Ray makes"),
@@ -286,6 +288,31 @@ def test_a_name_ends_no_comment(
     Path(name).write_text(RECIPE, encoding="utf-8")
     assert "# sft of a????rm x.yaml, written" in rendered("slurm", name, capsys)
     compile(rendered("ray", name, capsys), "job.py", "exec")
+
+
+HARD = "samples.prompts.0=\N{GRINNING FACE} $(HOME) $HOME `id`\nrun: |\n\n  \"two'"
+
+
+@pytest.mark.parametrize("template", FILES)
+def test_a_word_arrives_whatever_is_in_it(template: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The signs that end a block of YAML, those that a shell or Kubernetes replaces, and those beyond 16 bits."""
+    text = rendered(template, recipe, capsys, HARD)
+    if template == "kubeflow":
+        _, job = yaml.safe_load_all(text)
+        arrived = [word.replace("$$", "$") for word in job["spec"]["trainer"]["command"]]
+        assert any("$$(HOME)" in word for word in job["spec"]["trainer"]["command"])
+    elif template == "ray":
+        call = next(line for line in text.splitlines() if "code = main(" in line).strip()
+        arrived = ast.literal_eval(call.removeprefix("code = main(").removesuffix(")"))
+    else:
+        if template == "skypilot":
+            task = yaml.safe_load(text)
+            assert misfits(task, TASK) == []
+            text = task["run"]
+        command = text[text.index("gemma-tune sft ") :].partition(" &\nstep=")[0]
+        printed = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True)
+        arrived = printed.stdout.decode().split("\0")
+    assert HARD in arrived
 
 
 def test_a_recipe_that_cannot_be_read_gets_no_job(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
