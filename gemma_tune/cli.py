@@ -613,7 +613,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _debug_traceback(debug)
         failure = _as_ours(error)
         if not _left_to_the_launcher(failure):
-            _report(failure, int(os.environ.get("RANK") or 0))
+            rank = os.environ.get("RANK", "")
+            _report(failure, int(rank) if rank.isdecimal() else 0)
         return failure.exit_code
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gemma_tune import console
 from gemma_tune.commands.figures import figures
 from gemma_tune.errors import UserError
+from gemma_tune.launch.parent import follow_launcher
 from gemma_tune.launch.world import check_world
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.plan.fit import require_fit
@@ -46,9 +47,11 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
     Raises:
         UserError: the recipe, or that it is for another command.
         AccessError: another number of processes came than was asked for.
+        Stopped: the launcher is gone.
     """
     import os
 
+    follow_launcher(os.environ)
     check_world(os.environ)
     text = yaml.decode(yaml.read_bytes(recipe), recipe)
     read = read_recipe_text(text, recipe, overrides)

@@ -90,10 +90,12 @@ def _torchrun(environment: Mapping[str, str]) -> Nodes | None:
         )
     a_node = environment.get("PET_NPROC_PER_NODE", "auto")
     return Nodes(
-        _number(environment, "PET_NNODES"),
-        _number(environment, "PET_NODE_RANK", default=_number(environment, "JOB_COMPLETION_INDEX", default=0)),
+        whole_number(environment, "PET_NNODES"),
+        whole_number(
+            environment, "PET_NODE_RANK", default=whole_number(environment, "JOB_COMPLETION_INDEX", default=0)
+        ),
         environment.get("PET_MASTER_ADDR"),
-        _number(environment, "PET_MASTER_PORT", default=PORT),
+        whole_number(environment, "PET_MASTER_PORT", default=PORT),
         int(a_node) if a_node.isdecimal() else None,  # else auto, gpu: what is here
         "PET_NNODES",
     )
@@ -104,11 +106,11 @@ def _skypilot(environment: Mapping[str, str]) -> Nodes | None:
         return None
     addresses = environment.get("SKYPILOT_NODE_IPS", "").split()
     return Nodes(
-        _number(environment, "SKYPILOT_NUM_NODES"),
-        _number(environment, "SKYPILOT_NODE_RANK"),
+        whole_number(environment, "SKYPILOT_NUM_NODES"),
+        whole_number(environment, "SKYPILOT_NODE_RANK"),
         environment.get("MASTER_ADDR") or (addresses[0] if addresses else None),
-        _number(environment, "MASTER_PORT", default=PORT),
-        _number(environment, "SKYPILOT_NUM_GPUS_PER_NODE", default=0) or None,
+        whole_number(environment, "MASTER_PORT", default=PORT),
+        whole_number(environment, "SKYPILOT_NUM_GPUS_PER_NODE", default=0) or None,
         "SKYPILOT_NUM_NODES",
     )
 
@@ -118,15 +120,15 @@ def _plain(environment: Mapping[str, str]) -> Nodes | None:
     if "NNODES" not in environment:
         return None
     rank = next((name for name in ("NODE_RANK", "JOB_COMPLETION_INDEX") if name in environment), None)
-    count = _number(environment, "NNODES")
+    count = whole_number(environment, "NNODES")
     if rank is None and count > 1:
         raise UserError("NNODES without NODE_RANK", where="environment", fix="set NODE_RANK: 0 on the first node")
     return Nodes(
         count,
-        _number(environment, rank) if rank else 0,
+        whole_number(environment, rank) if rank else 0,
         environment.get("MASTER_ADDR"),
-        _number(environment, "MASTER_PORT", default=PORT),
-        _number(environment, "NPROC_PER_NODE", default=0) or None,
+        whole_number(environment, "MASTER_PORT", default=PORT),
+        whole_number(environment, "NPROC_PER_NODE", default=0) or None,
         "NNODES",
     )
 
@@ -134,7 +136,7 @@ def _plain(environment: Mapping[str, str]) -> Nodes | None:
 def _slurm(environment: Mapping[str, str]) -> Nodes | None:
     """The step that srun started. In a job without a step only this node works: the others were never told."""
     if "SLURM_STEP_NUM_NODES" not in environment:
-        held = _number(environment, "SLURM_JOB_NUM_NODES", default=1)
+        held = whole_number(environment, "SLURM_JOB_NUM_NODES", default=1)
         if held > 1:
             raise UserError(
                 f"SLURM gave this job {held} nodes, and only this one was told to work",
@@ -142,8 +144,8 @@ def _slurm(environment: Mapping[str, str]) -> Nodes | None:
                 fix="start it on all of them: srun --ntasks-per-node=1 gemma-tune ..., or here only: --num-machines 1",
             )
         return None
-    count = _number(environment, "SLURM_STEP_NUM_NODES")
-    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", default=count)
+    count = whole_number(environment, "SLURM_STEP_NUM_NODES")
+    tasks = whole_number(environment, "SLURM_STEP_NUM_TASKS", default=count)
     if tasks != count:
         raise UserError(
             f"srun started {tasks} tasks on {count} nodes, and each would take all GPUs of its node",
@@ -151,12 +153,12 @@ def _slurm(environment: Mapping[str, str]) -> Nodes | None:
             fix="srun --ntasks-per-node=1: gemma-tune starts a process for each GPU itself",
         )
     listed = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
-    job = _number(environment, "SLURM_JOB_ID", default=0)
+    job = whole_number(environment, "SLURM_JOB_ID", default=0)
     return Nodes(
         count,
-        _number(environment, "SLURM_NODEID", default=0),
+        whole_number(environment, "SLURM_NODEID", default=0),
         environment.get("MASTER_ADDR") or first_host(listed) or None,
-        _number(environment, "MASTER_PORT", default=_SLURM_PORTS[job % len(_SLURM_PORTS)]),
+        whole_number(environment, "MASTER_PORT", default=_SLURM_PORTS[job % len(_SLURM_PORTS)]),
         None,
         "SLURM_STEP_NUM_NODES",
     )
@@ -175,7 +177,12 @@ def first_host(listed: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", name)
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def whole_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A number in `environment`; `default` where it is empty or not set.
+
+    Raises:
+        UserError: it is none, or is not set and has no default.
+    """
     text = environment.get(name, "")
     if not text and default is not None:
         return default

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_tune.errors import UserError
 from gemma_tune.plan.accelerate_files import AccelerateFile
 from gemma_tune.plan.machine import is_true
+
+_ID = re.compile(r"[\w/.:-]+")  # a number, or the UUID of a GPU or of a part of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,8 @@ def settings_of(file: AccelerateFile) -> Settings:
     """The settings in `file`.
 
     Raises:
-        UserError: a number is none.
+        UserError: a number is none, or gpu_ids does not name GPUs in one text.
     """
-    gpu_ids = file.text("gpu_ids", "all")
     return Settings(
         file.path,
         file.kind,
@@ -52,5 +55,19 @@ def settings_of(file: AccelerateFile) -> Settings:
         file.text("main_process_ip") or None,
         file.number("main_process_port"),
         is_true(file.text("use_cpu")),
-        None if gpu_ids == "all" else gpu_ids,
+        _gpu_ids(file),
     )
+
+
+def _gpu_ids(file: AccelerateFile) -> str | None:
+    """As CUDA_VISIBLE_DEVICES takes them; None for all."""
+    value = file.values.get("gpu_ids")
+    ids = [one.strip() for one in str(value).split(",")]
+    if value is None or ids == ["all"]:
+        return None
+    plain = isinstance(value, str | int) and not isinstance(value, bool) and all(map(_ID.fullmatch, ids))
+    if not plain or len(set(ids)) < len(ids):
+        raise UserError(
+            f"gpu_ids names no GPUs: {value!r}", where=file.where("gpu_ids"), fix='write e.g. gpu_ids: "0,1", or all'
+        )
+    return ",".join(ids)

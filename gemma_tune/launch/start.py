@@ -29,6 +29,8 @@ from typing import Any
 from gemma_tune import console
 from gemma_tune.errors import Aborted, AccessError, GemmaTuneError, Stopped, UserError
 from gemma_tune.launch.failure import Failure, as_error, first, read_failure, read_folder
+from gemma_tune.launch.nodes import whole_number
+from gemma_tune.launch.parent import LAUNCHER
 from gemma_tune.launch.settings import Settings
 from gemma_tune.launch.world import ASKED, World
 
@@ -65,7 +67,7 @@ def launch(settings: Settings, world: World, words: Sequence[str]) -> None:
 @contextlib.contextmanager
 def environment_of(settings: Settings, world: World) -> Iterator[None]:
     """The variables that the processes find, besides those of accelerate and torch; gone afterwards."""
-    changes = {ASKED: str(world.size)}
+    changes = {ASKED: str(world.size), LAUNCHER: str(os.getpid())}
     if settings.use_cpu:
         changes["CUDA_VISIBLE_DEVICES"] = ""  # use_cpu reaches no process of several: accelerate 1.15 sets it for one
     elif settings.gpu_ids:
@@ -133,6 +135,8 @@ def signal_processes(number: signal.Signals) -> None:
 
 
 def _launch(settings: Settings, world: World, words: Sequence[str], folder: Path, handlers: Handlers) -> None:
+    # torch reads it too, when it is imported.
+    patience = whole_number(os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", default=PATIENCE)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -145,7 +149,7 @@ def _launch(settings: Settings, world: World, words: Sequence[str], folder: Path
     arguments = launch_command_parser().parse_args(arguments_of(settings, world, words))
     # Options of torchrun that accelerate's parser does not know; it hands them on by their names.
     arguments.signals_to_handle = "SIGQUIT"  # the others are ours
-    arguments.shutdown_timeout = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") or PATIENCE)
+    arguments.shutdown_timeout = patience
     arguments.log_dir = str(folder)
     if world.nodes.count == 1:
         arguments.standalone = True  # a free port of its own, found by the one who binds it

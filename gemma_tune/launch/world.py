@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gemma_tune.errors import AccessError, UserError
-from gemma_tune.launch.nodes import Nodes, checked, find_nodes
+from gemma_tune.launch.nodes import Nodes, checked, find_nodes, whole_number
 from gemma_tune.launch.settings import Settings
 
 ASKED = "GEMMA_TUNE_WORLD_SIZE"
@@ -97,6 +97,15 @@ def world_of(settings: Settings, options: Options, nodes: Nodes, gpus: int) -> W
         UserError: the number does not fit the machines or the file, or nothing says it.
         AccessError: there are not as many GPUs here.
     """
+    if settings.gpu_ids and not settings.use_cpu:
+        named = settings.gpu_ids.count(",") + 1
+        if named > gpus:
+            raise AccessError(
+                f"{named} GPUs are named, and this machine has {gpus} that torch can use",
+                where=f"{settings.path}: gpu_ids",
+                fix="correct gpu_ids, or CUDA_VISIBLE_DEVICES",
+            )
+        gpus = named
     total, where = options.num_processes, "--num-processes"
     if total is None and nodes.processes is not None and not settings.use_cpu:
         total, where = nodes.processes * nodes.count, nodes.source
@@ -141,10 +150,14 @@ def check_world(environment: Mapping[str, str]) -> None:
 
     Raises:
         AccessError: fewer or more processes came than our launcher asked for.
-        UserError: several processes were started that do not know each other.
+        UserError: several processes were started that do not know each other, or a number in the environment is none.
     """
-    size = int(environment.get("WORLD_SIZE") or 1) if is_worker(environment) else 1
-    asked = int(environment.get(ASKED) or size)
+    size = 1
+    if is_worker(environment):
+        for name in ("RANK", "LOCAL_RANK"):
+            whole_number(environment, name)
+        size = whole_number(environment, "WORLD_SIZE", default=1)
+    asked = whole_number(environment, ASKED, default=size)
     if size != asked:
         raise AccessError(
             f"{asked} processes were asked for, and {size} came",
@@ -176,7 +189,7 @@ def check_option(settings: Settings, options: Options, environment: Mapping[str,
     Raises:
         UserError: the file or the numbers say something else than what is there.
     """
-    size = int(environment.get("WORLD_SIZE") or 1)
+    size = whole_number(environment, "WORLD_SIZE", default=1)
     if options.num_processes is not None and options.num_processes != size:
         raise UserError(
             f"{options.num_processes} processes are asked for, and {size} were started",

@@ -36,6 +36,21 @@ def test_a_file_is_read_as_accelerate_means_it(tmp_path: Path) -> None:
     assert settings_of(read_accelerate_file(path)) == Settings(path, "FSDP")
 
 
+@pytest.mark.parametrize(("written", "ids"), [("'0'", "0"), ("'1, 3'", "1,3"), ("all", None), ("", None)])
+def test_gpus_are_named_in_one_text(tmp_path: Path, written: str, ids: str | None) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(f"distributed_type: MULTI_GPU\ngpu_ids: {written}\n")
+    assert settings_of(read_accelerate_file(path)).gpu_ids == ids
+
+
+@pytest.mark.parametrize("written", ["[0, 1]", "'0,,1'", "'1,1'", "true"])
+def test_gpus_that_are_named_otherwise_are_refused(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(f"distributed_type: MULTI_GPU\ngpu_ids: {written}\n")
+    with pytest.raises(UserError, match="gpu_ids"):
+        settings_of(read_accelerate_file(path))
+
+
 SKY = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "a\nb"}
 
 
@@ -85,6 +100,7 @@ def test_options_that_lack_a_fact_are_refused(given: Options, what: str) -> None
         (settings(kind="NO"), options(), Nodes(), 8, 1, 1),
         (settings(kind="NO"), options(), Nodes(), 0, 1, 1),
         (settings(use_cpu=True), options(num_processes=2), Nodes(), 0, 2, 2),
+        (settings(gpu_ids="0,2,3"), options(), TWO, 8, 6, 3),
     ],
 )
 def test_how_many_processes(file: Settings, given: Options, nodes: Nodes, gpus: int, size: int, a_node: int) -> None:
@@ -106,6 +122,8 @@ def test_how_many_processes(file: Settings, given: Options, nodes: Nodes, gpus: 
             AccessError,
             "4 processes on this machine, which has 2 GPUs",
         ),
+        (settings(gpu_ids="0,2"), options(num_processes=4), Nodes(), 8, AccessError, "4 processes on this machine"),
+        (settings(gpu_ids="0,2"), options(), Nodes(), 1, AccessError, "2 GPUs are named, and this machine has 1"),
         (settings(kind="NO"), options(num_processes=2), Nodes(), 8, UserError, "its distributed_type is NO"),
         (settings(kind="NO"), options(), TWO, 8, UserError, "its distributed_type is NO"),
     ],
@@ -140,6 +158,9 @@ def test_the_company_that_was_asked_for_is_let_through(environment: dict[str, st
     ("environment", "error", "what"),
     [
         (WORKER | {ASKED: "4"}, AccessError, "4 processes were asked for, and 2 came"),
+        ({ASKED: "two"}, UserError, "GEMMA_TUNE_WORLD_SIZE=two is no whole number"),
+        (WORKER | {"WORLD_SIZE": "x"}, UserError, "WORLD_SIZE=x is no whole number"),
+        (WORKER | {"RANK": "first"}, UserError, "RANK=first is no whole number"),
         ({ASKED: "2"}, AccessError, "2 processes were asked for, and 1 came"),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, UserError, "started one"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, UserError, "8 processes were started that do not know each other"),
