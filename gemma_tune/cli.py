@@ -235,7 +235,12 @@ def launch(
     volume: Annotated[
         str | None, typer.Option(help="Shared storage: a claim for Kubeflow, a URI for SkyPilot.", show_default=False)
     ] = None,
-    accelerate: Annotated[str, typer.Option(help="Accelerate file, or the name of a shipped one.")] = "ddp",
+    accelerate: Annotated[
+        str | None,
+        typer.Option(
+            help="Accelerate file, or the name of a shipped one (default: ddp). Not for Ray.", show_default=False
+        ),
+    ] = None,
     out: Annotated[str | None, typer.Option(help="File to write. Default: stdout.", show_default=False)] = None,
 ) -> Job:
     """Write a job file for SLURM, Kubeflow, SkyPilot or Ray.

@@ -20,6 +20,9 @@ from gemma_tune.recipe.schema import Recipe
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = {"slurm": "slurm.sh", "kubeflow": "kubeflow.yaml", "skypilot": "skypilot.yaml", "ray": "ray.txt"}
 
+DDP = "ddp"
+"""The accelerate file of a job for which none is named."""
+
 SHARED = "/shared"
 """Where the files mount the storage that all nodes see."""
 
@@ -52,7 +55,7 @@ class Job:
         time: limit as SLURM writes it.
         image: container image that holds gemma-tune.
         volume: storage that all nodes see: a PersistentVolumeClaim, or a URI of SkyPilot's.
-        accelerate: accelerate file or the name of a shipped one.
+        accelerate: accelerate file or the name of a shipped one; None for `DDP`, and for Ray, which takes none.
     """
 
     template: str
@@ -64,7 +67,7 @@ class Job:
     time: str | None
     image: str | None
     volume: str | None
-    accelerate: str
+    accelerate: str | None
 
 
 def render_job(job: Job, recipe: Recipe, text: str) -> str:
@@ -148,6 +151,14 @@ def _check_options(job: Job, recipe: Recipe) -> None:
         )
     if job.gpu is not None and not _GPU.fullmatch(job.gpu):
         problems.append(Problem(f"{job.gpu!r} names no kind of GPU", "--gpu", "letters, digits, . and -, such as H100"))
+    if job.template == "ray" and job.accelerate is not None:
+        problems.append(
+            Problem(
+                "Ray starts the processes, without an accelerate file",
+                "--accelerate",
+                "leave it out; distributed.strategy: fsdp2 in the recipe asks for FSDP",
+            )
+        )
     if job.time is not None:
         seconds_of(job.time)
     if problems:
@@ -156,7 +167,7 @@ def _check_options(job: Job, recipe: Recipe) -> None:
 
 def _command(job: Job, recipe: Recipe, path: str, *more: str) -> list[str]:
     words = ["gemma-tune", recipe.stage, path, *job.overrides, *more]
-    return [*words, "--accelerate", job.accelerate, "--resume", "auto"]
+    return [*words, "--accelerate", job.accelerate or DDP, "--resume", "auto"]
 
 
 def _on_shared(recipe: Recipe) -> list[str]:

@@ -251,6 +251,12 @@ def test_the_ray_script_trains_in_workers_that_ray_has_started(
         (["skypilot"], "--gpu: is needed"),
         (["skypilot", "--gpu", "L4:1\nrun: |"], "names no kind of GPU"),
         (["skypilot", "--gpu", "L4", "--nodes", "2"], "--volume: is needed: all nodes read the run folder"),
+        (["slurm", "--accelerate", "dpp"], "there is no accelerate file 'dpp'"),
+        (["slurm", "--accelerate", "single"], "1 process, and the job has 8 GPUs"),
+        (["slurm", "--accelerate", "hsdp_2node", "--nodes", "4"], "2 groups of 8 processes, and the job has 32"),
+        (["slurm", "--accelerate", "hsdp_2node", "--nodes", "2", "--gpus-per-node", "9"], "16 processes, and the job"),
+        (["kubeflow", "--image", "x", "--volume", "x", "--accelerate", "own.yaml"], "a file of this machine"),
+        (["ray", "output=/x", "--accelerate", "ddp"], "Ray starts the processes, without an accelerate file"),
         (["ray", "--volume", "x"], "--volume: ray has no place for it"),
         (["ray"], "output: runs/My_First run would lie in a folder that Ray makes"),
     ],
@@ -258,6 +264,7 @@ def test_the_ray_script_trains_in_workers_that_ray_has_started(
 def test_options_without_a_place_or_missing_are_refused(
     order: list[str], what: str, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("own.yaml").write_text("distributed_type: MULTI_GPU\n", encoding="utf-8")
     assert main(["launch", recipe, "--template", *order]) == 2
     assert what in capsys.readouterr().err
 
