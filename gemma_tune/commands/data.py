@@ -5,15 +5,16 @@ Needs the tokenizer and the data, never the weights, and no GPU: a login node wi
 
 from __future__ import annotations
 
+import os
 import shlex
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
 from gemma_tune.commands.train import quieten
-from gemma_tune.errors import UserError
+from gemma_tune.errors import AccessError, UserError
 from gemma_tune.plan.choices_data import data_choices
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.recipe.reader import read_recipe
@@ -59,6 +60,7 @@ def prepare(recipe: str, overrides: list[str], out: str | None) -> int:
     content = _content(read, family, encoder, keywords)
     kept = None if content and content.functions else _whole(content, root)
     if kept is None:
+        _try_folder(root)
         kept = _make(read, recipe, family, encoder, keywords, content, root)
         console.out(f"prepared: {kept.folder}")
     else:
@@ -70,22 +72,71 @@ def prepare(recipe: str, overrides: list[str], out: str | None) -> int:
 
 
 def list_(out: str | None) -> int:
-    """Print what is prepared: folder, size, when and by which recipe."""
+    """Print what is prepared: folder, size, when and by which recipe.
+
+    Raises:
+        UserError: `out` is no folder, or holds folders and no prepared data.
+        AccessError: the folder cannot be read.
+    """
     from gemma_tune.train import library
-    from gemma_tune.train.checkpoint import Damaged, read_manifest
 
     root = Path(out).expanduser() if out else library.library_folder()
+    if out and not root.is_dir():
+        raise UserError("there is no such folder", where=str(root), fix="the --out of gemma-tune data prepare")
     total = 0
-    for folder, size in library.shelves(root):
-        total += size
-        try:
-            made = read_manifest(folder)["made"]
-            told = f"{made['at']}  {made['stage']}, {made['rows']:,} rows, {made['recipe']}"
-        except Damaged as exc:
-            told = f"of no use: {exc}"
-        console.out(f"{folder}  {size / 1e6:,.2f} MB  {console.escaped(told)}")
+    try:
+        told = dict(_told(root))
+        if out and told and not any(sound for sound, _ in told.values()):
+            fix = "the --out of gemma-tune data prepare: the folder above those that it names"
+            raise UserError("holds no prepared data", where=str(root), fix=fix)
+        for folder, size in library.shelves(root):
+            total += size
+            text = told[folder][1] if folder in told else "made just now"
+            console.out(f"{folder}  {size / 1e6:,.2f} MB  {console.escaped(text)}")
+    except OSError as exc:
+        raise AccessError(f"cannot be read: {exc.strerror}", where=str(exc.filename or root)) from exc
     console.out(f"{total / 1e6:,.2f} MB in {root}; what is not needed any more may be removed: rm -r FOLDER")
     return 0
+
+
+def _told(root: Path) -> Iterator[tuple[Path, tuple[bool, str]]]:
+    """(folder, (whether it is prepared data, what to say of it)) of every folder in `root`; sizes are not looked at."""
+    from gemma_tune.train import library
+    from gemma_tune.train.checkpoint import Damaged
+
+    for folder in root.iterdir() if root.is_dir() else ():
+        if folder.is_dir():
+            try:
+                made = library.made_of(folder)
+            except Damaged as exc:
+                yield folder, (False, f"of no use: {exc}")
+            else:
+                yield folder, (True, f"{made['at']}  {made['stage']}, {made['rows']:,} rows, {made['recipe']}")
+
+
+def _try_folder(root: Path) -> None:
+    """Find out before the work whether `root` can be made and written; leaves nothing.
+
+    Raises:
+        AccessError: it cannot.
+    """
+    made: list[Path] = []
+    try:
+        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir()
+            made.append(folder)
+        if not root.is_dir() or not os.access(root, os.W_OK):
+            raise AccessError("cannot be written", where=str(root), fix="choose another folder with --out")
+    except FileExistsError:  # another process makes it too
+        pass
+    except OSError as exc:
+        what = f"cannot be made: {exc.strerror}"
+        raise AccessError(what, where=str(root), fix="choose another folder with --out") from exc
+    finally:
+        with suppress(OSError):  # another process already works there
+            for folder in reversed(made):
+                folder.rmdir()
 
 
 def builder_of(stage: str) -> Callable[..., Prepared[Any]]:
@@ -111,7 +162,7 @@ def _content(recipe: Recipe, family: Family, encoder: GemmaEncoder, keywords: di
     return content_of(builder_of(recipe.stage).__name__, family, encoder.sha256, keywords)
 
 
-def _whole(content: Content | None, root: Path) -> Kept | None:
+def _whole(content: Content | None, root: Path, *, say: bool = True) -> Kept | None:
     """What is there already; None where nothing is, or nothing that may be used."""
     from gemma_tune.train import library
     from gemma_tune.train.checkpoint import Damaged
@@ -119,8 +170,13 @@ def _whole(content: Content | None, root: Path) -> Kept | None:
     try:
         return library.find(content, root) if content else None
     except (Damaged, OSError, ValueError) as exc:
-        console.note(f"what was prepared before is damaged, and made again: {exc}")
+        if say:
+            console.note(f"what was prepared before is damaged, and made again: {exc}")
         return None
+
+
+class _MadeMeanwhile(Exception):
+    """Another process has made the same folder: what was made here is dropped."""
 
 
 def _make(
@@ -148,9 +204,11 @@ def _make(
         raise UserError("the data changed while it was read", where="data.sources", fix="run the same command again")
     folder = library.place_for(content, root)
     made = {"at": now(), "recipe": path, "stage": recipe.stage, "rows": prepared.report.rows}
-    if folder.exists():  # damaged, or by a function: whoever has mapped it keeps what it has
-        shutil.rmtree(folder)
-    with staged(folder) as staging:
+    # What stands there is damaged, or by a function: whoever has mapped it keeps what it has.
+    with suppress(_MadeMeanwhile), staged(folder, replace=True) as staging:
+        # Under the lock: another process may have ended while this one read its data.
+        if not content.functions and _whole(content, root, say=False) is not None:
+            raise _MadeMeanwhile
         library.keep(prepared, staging, content, made)
     kept = library.find(content, root)
     assert kept is not None

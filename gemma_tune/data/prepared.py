@@ -70,7 +70,10 @@ def read_about(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: as `read_prepared`.
     """
-    return dict(json.loads((folder / "prepared.json").read_text(encoding="utf-8")))
+    found = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not {"report", "fingerprint"} <= found.keys():
+        raise ValueError("prepared.json is none")
+    return found
 
 
 def _examples(path: Path) -> list[Any]:

@@ -36,15 +36,20 @@ def check_free(final: Path) -> None:
 
 
 @contextmanager
-def staged(final: Path) -> Iterator[Path]:
+def staged(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty folder to fill. It gets its final name when the body ends, and is removed when the body fails.
+
+    Args:
+        final: its name.
+        replace: a folder of this name is replaced, by renaming, once the new one is whole.
 
     Raises:
         UserError: the name is taken.
         AccessError: the disk is full or cannot be written, or another process makes the same folder.
     """
     final = final.resolve()  # of a link to another disk, that disk
-    check_free(final)
+    if not (replace and final.is_dir()):
+        check_free(final)
     staging = final.with_name(f".{final.name}.staging")
     with disk_errors(final, AccessError, fix=_ROOM):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +59,8 @@ def staged(final: Path) -> Iterator[Path]:
                 _empty(staging)
                 yield staging
                 flush_all(staging)
-                check_free(final)
+                if not (replace and final.is_dir()):
+                    check_free(final)
                 publish(staging, final)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)

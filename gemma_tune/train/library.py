@@ -59,14 +59,32 @@ def find(content: Content, root: Path | None = None) -> Kept | None:
     folder = place_for(content, root)
     if not folder.is_dir():
         return None
-    found = checkpoint.verify(folder)
-    if found["key"] != content.key:
+    key, made = _about(checkpoint.verify(folder))
+    if key != content.key:
         raise checkpoint.Damaged("it was made of something else")
-    return Kept(folder, read_prepared(folder), found["made"])
+    return Kept(folder, read_prepared(folder), made)
+
+
+def made_of(folder: Path) -> Mapping[str, Any]:
+    """`at`, `recipe`, `stage` and `rows` of what stands in `folder`; its files are not looked at.
+
+    Raises:
+        checkpoint.Damaged: there is no prepared data, or not whole.
+    """
+    return _about(checkpoint.read_manifest(folder))[1]
+
+
+def _about(manifest: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    key, made = manifest.get("key"), manifest.get("made")
+    kinds = {"at": str, "recipe": str, "stage": str, "rows": int}
+    sound = isinstance(made, dict) and all(isinstance(made.get(name), kind) for name, kind in kinds.items())
+    if not isinstance(key, str) or not isinstance(made, dict) or not sound:
+        raise checkpoint.Damaged("it is no prepared data")
+    return key, made
 
 
 def keep(prepared: Prepared[Any], folder: Path, content: Content, made: Mapping[str, Any]) -> None:
-    """Fill `folder`, which is empty and gets its final name later, and seal it."""
+    """Fill `folder`, which is empty and gets its final name later, and seal it; `made` as `made_of` gives it."""
     write_prepared(prepared, folder)
     checkpoint.seal(folder, {"key": content.key, "made": dict(made)})
 

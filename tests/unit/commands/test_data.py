@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.cli import main
+from gemma_tune.commands import data
 from gemma_tune.commands.data import builder_of
 from gemma_tune.plan.stages import CONFIGS
+from gemma_tune.train.checkpoint import seal
 from tests.unit.data.toys import chat, write_jsonl
 
 
@@ -71,6 +73,40 @@ def test_what_cannot_be_prepared_leaves_nothing(
     assert main(["data", "prepare", recipe, f"data.sources.0.name={changing}:rows", "data.holdout=0"]) == 2
     assert "the data changed while it was read" in capsys.readouterr().err
     assert not (tmp_path / "library").exists()
+
+
+def test_folders_that_are_none(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "list", "--out", str(tmp_path / "nowhere")]) == 2
+    assert f"{tmp_path}/nowhere: there is no such folder" in capsys.readouterr().err
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    seal(checkpoint, {"step": 3})
+    assert main(["data", "list", "--out", str(tmp_path / "run")]) == 2
+    assert f"{tmp_path}/run: holds no prepared data" in capsys.readouterr().err
+    assert main(["data", "prepare", recipe, "--out", "/proc/x/y"]) == 3
+    assert "/proc/x/y: cannot be made" in capsys.readouterr().err
+    assert main(["data", "prepare", recipe]) == 0
+    (folder,) = (tmp_path / "library").iterdir()
+    seal(folder, {"step": 3})
+    capsys.readouterr()
+    assert main(["data", "list"]) == 0
+    assert "of no use: it is no prepared data" in capsys.readouterr().out
+    assert main(["data", "prepare", recipe]) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith(f"prepared: {folder}\n") and error.count("it is no prepared data") == 1
+
+
+def test_what_another_process_has_made_meanwhile_stays(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["data", "prepare", recipe]) == 0
+    (folder,) = (tmp_path / "library").iterdir()
+    before = folder.stat().st_ino
+    looks = iter([None])
+    real = data._whole
+    monkeypatch.setattr(data, "_whole", lambda *given, **say: next(looks, real(*given, **say)))
+    assert main(["data", "prepare", recipe]) == 0
+    assert folder.stat().st_ino == before and list((tmp_path / "library").iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("stage", CONFIGS)

@@ -18,6 +18,7 @@ from gemma_tune.train.library import find, keep, place_for
 from tests.unit.data.test_prepared_key import content
 from tests.unit.data.toys import GEMMA3, GEMMA4, ByteEncoder, chat, prepare, prepare_pairs, prepare_prompts, write_jsonl
 
+MADE = {"at": "today", "recipe": "recipe.yaml", "stage": "sft", "rows": 4}
 CHATS = [chat(f"q{i}", "a" * (i % 7 + 1), "r", f"b{i}\u2028\x85 \u00e9") for i in range(40)]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOLS = {
@@ -90,13 +91,13 @@ def shelf(tmp_path: Path) -> Path:
     """A library with one preparation."""
     folder = place_for(content(tmp_path), tmp_path / "library")
     folder.mkdir(parents=True)
-    keep(prepare(CHATS, tmp_path, holdout=5), folder, content(tmp_path), {"at": "today"})
+    keep(prepare(CHATS, tmp_path, holdout=5), folder, content(tmp_path), MADE)
     return folder
 
 
 def test_what_was_kept_is_found_by_its_content(shelf: Path, tmp_path: Path) -> None:
     kept = find(content(tmp_path), shelf.parent)
-    assert kept is not None and kept.folder == shelf and kept.made == {"at": "today"}
+    assert kept is not None and kept.folder == shelf and kept.made == MADE
     assert kept.prepared.fingerprint == prepare(CHATS, tmp_path, holdout=5).fingerprint
     assert find(content(tmp_path, max_length=300), shelf.parent) is None
 
