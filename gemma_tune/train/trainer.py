@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -357,27 +358,35 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """All that a bit-equal continuation needs, in one atomic folder; no model card, tokenizer or pickled args."""
         step = self.state.global_step
+        staging = self._folder.path / f".staging-{step}"
         self.store_flos()
         sharding.settle(self.model)
-        with self.clock.paused(), checkpoint.disk_errors(self._folder.path / f"checkpoint-{step}"):
-            self._refuse_non_finite_weights()
-            progress = self.count()
-            staging = self._folder.path / f".staging-{step}"
-            if self.args.should_save:
-                checkpoint.open_staging(self._folder.path, step)
-            self.accelerator.wait_for_everyone()
-            self.write_weights(staging)
-            self._save_optimizer_and_scheduler(str(staging))
-            self._save_scaler(str(staging))
-            self._save_rng_state(str(staging))
-            if self.args.should_save:
-                self.state.save_to_json(str(staging / "trainer_state.json"))
-            # Rename on one process, once every process has written its part.
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.commit(staging, self._folder.path, step, identity=self._identity, progress=progress)
-                checkpoint.rotate(self._folder.path, self._keep)
-            self.accelerator.wait_for_everyone()
+        try:
+            with self.clock.paused(), checkpoint.disk_errors(self._folder.path / f"checkpoint-{step}"):
+                self._fill(staging, step)
+        except BaseException:
+            if self.args.should_save:  # on a full disk it is what fills it
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+    def _fill(self, staging: Path, step: int) -> None:
+        self._refuse_non_finite_weights()
+        progress = self.count()
+        if self.args.should_save:
+            checkpoint.open_staging(self._folder.path, step)
+        self.accelerator.wait_for_everyone()
+        self.write_weights(staging)
+        self._save_optimizer_and_scheduler(str(staging))
+        self._save_scaler(str(staging))
+        self._save_rng_state(str(staging))
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+        # Rename on one process, once every process has written its part.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.commit(staging, self._folder.path, step, identity=self._identity, progress=progress)
+            checkpoint.rotate(self._folder.path, self._keep)
+        self.accelerator.wait_for_everyone()
 
     def write_weights(self, folder: Path) -> None:
         """The trained weights, on the process that saves, or in parts on each."""
