@@ -35,7 +35,7 @@ Tiny = Callable[..., Path]
 
 PLAIN: dict[str, Any] = {
     "adapter": {"r": 4, "alpha": 8, "dropout": 0.0},
-    "optim": {"learning_rate": 1e-2, "max_steps": 4},
+    "optim": {"learning_rate": 2e-3, "max_steps": 4},
     "batch": {"size": 4, "micro": 1},
     "evaluation": {"every": 4, "max_rows": 4},
     "checkpoint": {"every": 100, "keep": 1},
