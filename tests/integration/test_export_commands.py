@@ -479,7 +479,7 @@ def test_two_processes_that_want_the_same_name(run: Path, tmp_path: Path, capsys
 
 @pytest.mark.slow
 def test_a_model_larger_than_the_memory_it_takes(tmp_path: Path) -> None:
-    """2.9 GB in files of 81 MB: merged and proved, the libraries included, in less than a file and 2 GB."""
+    """2.3 GB in files of 81 MB: merged and proved, the libraries included, in less than a file and 2 GB."""
     from tests.merge_memory import make_adapter, make_large
     from tests.tiny import write_tokenizer
 
