@@ -65,8 +65,8 @@ CASES = (
 
 
 ELSEWHERE = (
-    ("SFT in groups of parts (HSDP)", "-", "equal", "integration/test_parallel.py",
-     "test_groups_of_parts_do_what_one_process_does"),
+    ("SFT on four processes, and as two groups of two (HSDP)", "equal", "equal", "integration/test_parallel.py",
+     "test_four_processes_do_what_one_does"),
     ("stopped on 2, resumed on 1 and 3, from one file or from parts", "equal", "equal", "integration/test_parallel.py",
      "test_a_run_goes_on_with_another_number_of_processes"),
     ("KTO (each pass estimates its own KL: another number of rows in a pass is another estimate)", "same held-out rows",

@@ -124,13 +124,21 @@ def test_two_processes_do_what_one_does(ran: dict[str, Path], case: Case) -> Non
         assert document(folder / strategy / "plan.json")["session"]["distributed"]["value"]["strategy"] == strategy
 
 
-def test_groups_of_parts_do_what_one_process_does(tiny: Tiny, tmp_path: Path) -> None:
-    """HSDP: two groups of two."""
-    recipe = str(recipe_of(Case("hsdp", ""), tmp_path, tiny))
+def test_four_processes_do_what_one_does(tiny: Tiny, tmp_path: Path) -> None:
+    """Whole, in parts, and as two groups of two (HSDP)."""
+    recipe = str(recipe_of(Case("four", ""), tmp_path, tiny))
     assert main(["sft", recipe, f"output={tmp_path / 'one'}"]) == 0
-    words = ["distributed.strategy=hsdp", "distributed.replicas=2", f"output={tmp_path / 'hsdp'}"]
-    start(4, [{"arguments": ["sft", recipe, *words]}], tmp_path)
-    check_equal(tmp_path / "hsdp", tmp_path / "one")
+    ways = {"ddp": [], "fsdp2": [], "hsdp": ["distributed.replicas=2"]}
+    start(
+        4,
+        [
+            {"arguments": ["sft", recipe, f"output={tmp_path / way}", f"distributed.strategy={way}", *words]}
+            for way, words in ways.items()
+        ],
+        tmp_path,
+    )
+    for way in ways:
+        check_equal(tmp_path / way, tmp_path / "one")
 
 
 # --- another number of processes
