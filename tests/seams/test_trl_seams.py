@@ -14,7 +14,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from gemma_tune.data.collate import Collator
-from gemma_tune.errors import UserError
+from gemma_tune.errors import TrainingError
 from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.models.load import load_base
 from gemma_tune.models.lora import attach
@@ -244,7 +244,10 @@ def test_nothing_is_sent_and_nothing_is_written_by_the_constructor_or_a_step(
 
 
 @pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_training_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_an_engine_that_nobody_planned_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """accelerate takes one from its environment, whatever the plan says."""
     own = Trainer.create_accelerator_and_postprocess
 
     def sharded(self: Any) -> None:
@@ -253,7 +256,7 @@ def test_sharded_training_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
     base, folder = base_of(tiny, "gemma3_text")
-    with pytest.raises(UserError, match="not supported"):
+    with pytest.raises(TrainingError, match="the plan says single, but accelerate made it"):
         trainer_of(base, folder, "gemma3_text", tmp_path, some_rows())
 
 
@@ -267,6 +270,8 @@ def test_the_overridden_methods_still_exist_with_these_signatures() -> None:
             "_clip_grad_norm",
             "_load_from_checkpoint",
             "_save_optimizer_and_scheduler",
+            "_load_optimizer_and_scheduler",
+            "_prepare_for_training",
             "_save_scaler",
             "_save_rng_state",
             "set_initial_training_values",
