@@ -102,94 +102,31 @@ def _root(
     pass
 
 
-@app.command(context_settings=OVERRIDES)
-def sft(
-    context: typer.Context,
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    resume: Resuming = Resume.never,
-    accelerate: Accelerate = None,
-    num_processes: NumProcesses = None,
-    num_machines: NumMachines = None,
-    machine_rank: MachineRank = None,
-    main_process_ip: MainProcessIp = None,
-    main_process_port: MainProcessPort = None,
-) -> Job:
-    """Supervised fine-tuning: QLoRA, LoRA or full."""
-    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
-    return _training("sft", context, recipe, overrides, resume, accelerate, company)
+def _training_command(stage: str, about: str) -> None:
+    """Register the command of a stage: all have the same options."""
+
+    @app.command(stage, context_settings=OVERRIDES, help=about)
+    def train(
+        context: typer.Context,
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        resume: Resuming = Resume.never,
+        accelerate: Accelerate = None,
+        num_processes: NumProcesses = None,
+        num_machines: NumMachines = None,
+        machine_rank: MachineRank = None,
+        main_process_ip: MainProcessIp = None,
+        main_process_port: MainProcessPort = None,
+    ) -> Job:
+        company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
+        return _training(stage, context, recipe, overrides, resume, accelerate, company)
 
 
-@app.command(context_settings=OVERRIDES)
-def reward(
-    context: typer.Context,
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    resume: Resuming = Resume.never,
-    accelerate: Accelerate = None,
-    num_processes: NumProcesses = None,
-    num_machines: NumMachines = None,
-    machine_rank: MachineRank = None,
-    main_process_ip: MainProcessIp = None,
-    main_process_port: MainProcessPort = None,
-) -> Job:
-    """A reward model from pairs of answers."""
-    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
-    return _training("reward", context, recipe, overrides, resume, accelerate, company)
-
-
-@app.command(context_settings=OVERRIDES)
-def dpo(
-    context: typer.Context,
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    resume: Resuming = Resume.never,
-    accelerate: Accelerate = None,
-    num_processes: NumProcesses = None,
-    num_machines: NumMachines = None,
-    machine_rank: MachineRank = None,
-    main_process_ip: MainProcessIp = None,
-    main_process_port: MainProcessPort = None,
-) -> Job:
-    """Direct preference optimisation from pairs of answers."""
-    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
-    return _training("dpo", context, recipe, overrides, resume, accelerate, company)
-
-
-@app.command(context_settings=OVERRIDES)
-def kto(
-    context: typer.Context,
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    resume: Resuming = Resume.never,
-    accelerate: Accelerate = None,
-    num_processes: NumProcesses = None,
-    num_machines: NumMachines = None,
-    machine_rank: MachineRank = None,
-    main_process_ip: MainProcessIp = None,
-    main_process_port: MainProcessPort = None,
-) -> Job:
-    """KTO, from single answers that are judged good or bad."""
-    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
-    return _training("kto", context, recipe, overrides, resume, accelerate, company)
-
-
-@app.command(context_settings=OVERRIDES)
-def ppo(
-    context: typer.Context,
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    resume: Resuming = Resume.never,
-    accelerate: Accelerate = None,
-    num_processes: NumProcesses = None,
-    num_machines: NumMachines = None,
-    machine_rank: MachineRank = None,
-    main_process_ip: MainProcessIp = None,
-    main_process_port: MainProcessPort = None,
-) -> Job:
-    """PPO against a reward model or function, on one base."""
-    company = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
-    return _training("ppo", context, recipe, overrides, resume, accelerate, company)
+_training_command("sft", "Supervised fine-tuning: QLoRA, LoRA or full.")
+_training_command("reward", "A reward model from pairs of answers.")
+_training_command("dpo", "Direct preference optimisation from pairs of answers.")
+_training_command("kto", "KTO, from single answers that are judged good or bad.")
+_training_command("ppo", "PPO against a reward model or function, on one base.")
 
 
 def _training(

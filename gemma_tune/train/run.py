@@ -329,7 +329,7 @@ class Run:
         """Train, write the results, and leave run.json with how it ended."""
         status, results = "failed", None
         try:
-            with missing(self.signals), memory_errors(self.plan), checkpoint.disk_errors(self.folder.path):
+            with memory_errors(self.plan), checkpoint.disk_errors(self.folder.path):
                 results = self._train()
             status = "finished"
             return results

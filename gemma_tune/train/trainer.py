@@ -108,6 +108,7 @@ class RunTrainer(Trainer):
     model: Any
     data_collator: Any
     train_dataset: Any
+    lr_scheduler: Any
     passes: tuple[str, ...] = ()
     """Methods of the model, beside `forward` and `generate`, that run it: a sharded one gathers its parts for them."""
 
@@ -413,12 +414,9 @@ class RunTrainer(Trainer):
             state = sharding.whole_optimizer_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, folder / OPTIMIZER_NAME)
-            torch.save(self._scheduler().state_dict(), folder / SCHEDULER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             if self._in_parts:
                 write_config(self.model, folder)
-
-    def _scheduler(self) -> Any:
-        return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (self.is_fsdp_enabled or has_parts(Path(checkpoint))):
@@ -430,7 +428,7 @@ class RunTrainer(Trainer):
             read_optimizer(self.optimizer, state, folder)
         else:
             sharding.load_optimizer_state(self.optimizer, state)
-        self._scheduler().load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load what `write_weights` wrote, every tensor of it and no other: the Trainer's own only warns."""

@@ -134,10 +134,9 @@ def load_weights(model: Any, folder: Path) -> None:
     elif isinstance(model, RewardModel):
         load_weights(model.trunk, folder)
         _fill(model.head.state_dict(), load_file(str(folder / REWARD_HEAD)), folder)
-    elif isinstance(model, PeftModel):
-        _fill(own_weights(model), load_file(str(folder / ADAPTER_FILE)), folder)
     else:
-        _fill(own_weights(model), load_file(str(folder / MODEL_FILE)), folder)
+        file = ADAPTER_FILE if isinstance(model, PeftModel) else MODEL_FILE
+        _fill(own_weights(model), load_file(str(folder / file)), folder)
 
 
 def own_weights(model: Any) -> dict[str, Tensor]:
