@@ -181,14 +181,14 @@ def test_the_converted_tokenizer_equals_the_official_one(real_270m: Path) -> Non
 
 
 def peak_of(stage: str, folder: Path, rows: list[dict[str, Any]], **recipe: Any) -> tuple[int, int]:
-    """(peak resident bytes, tokens seen) of three steps of `stage`, in a process of its own."""
+    """(peak resident bytes, tokens seen) of two steps of `stage`, in a process of its own."""
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     whole = {
         "stage": stage,
         "model": {"name": QUICKSTART, "quantization": "nf4"},
         "data": {"sources": [{"name": str(folder / "rows.jsonl")}], "max_length": 256, "holdout": 0, "shuffle": False},
-        "optim": {"learning_rate": 1e-4, "max_steps": 3},
+        "optim": {"learning_rate": 1e-4, "max_steps": 2},
         "memory": {"gradient_checkpointing": False},
         "output": str(folder / "run"),
         **recipe,
@@ -206,7 +206,7 @@ def test_dpo_needs_hardly_more_memory_than_sft(real_270m: Path, tmp_path: Path) 
     The bound is the one that DPO is held to: 1.2 times the peak of SFT.
     """
     answers = [
-        [f"{name} {number}: " + "the sea is wide and the ship is small " * 22 for number in range(24)] for name in "ab"
+        [f"{name} {number}: " + "the sea is wide and the ship is small " * 22 for number in range(16)] for name in "ab"
     ]
     sft, sft_tokens = peak_of(
         "sft",
