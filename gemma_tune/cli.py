@@ -424,6 +424,12 @@ def recipes_schema() -> Job:
     return lambda: _command("recipes").schema()
 
 
+@recipes_app.command("reference")
+def recipes_reference() -> Job:
+    """Print every key of a recipe as Markdown: docs/recipes.md."""
+    return lambda: _command("recipes").reference()
+
+
 PreparedRoot = Annotated[
     str | None,
     typer.Option("--out", help="Below this folder instead of the cache, e.g. on shared storage.", show_default=False),

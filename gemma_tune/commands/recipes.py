@@ -1,4 +1,4 @@
-"""`gemma-tune recipes list | copy | schema`."""
+"""`gemma-tune recipes list | copy | schema | reference`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def copy(name: str, destination: str | None) -> int:
 def schema() -> int:
     """Print the JSON Schema of a recipe."""
     console.out(_schema_text().rstrip())
+    return 0
+
+
+def reference() -> int:
+    """Print docs/recipes.md: every key with its type, default and meaning."""
+    from gemma_tune.plan.reference import recipe_reference
+
+    console.out(recipe_reference().rstrip())
     return 0
 
 

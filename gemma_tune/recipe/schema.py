@@ -51,6 +51,12 @@ def _names_a_function(value: str) -> str:
     return value
 
 
+def _once(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("names a number twice; write each once")
+    return values
+
+
 Number = Annotated[float, BeforeValidator(_as_number)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -137,6 +143,19 @@ class Source(Section):
     """At most this many rows, the first ones."""
 
 
+class Canaries(Section):
+    """Made-up secrets among the training rows, to measure what the model memorises (arXiv 1802.08232). Do not publish a
+    model as fit for use that was trained with them: it is trained to know them. Only for `stage: sft`, not in a stream.
+    """
+
+    count: Annotated[int, Field(ge=1, le=100)] = 4
+    """Secrets for each number of repeats, and as many controls, which are drawn alike and stand in no row."""
+    repeats: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=1000)], ...], BeforeValidator(_as_tuple), AfterValidator(_once)
+    ] = Field(default=(1, 4, 16), min_length=1, max_length=8)
+    """In how many training rows one secret stands. They are added behind deduplication, and never held out."""
+
+
 class Data(Section):
     sources: Annotated[tuple[Source, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
     """One dataset or a mix of several."""
@@ -172,6 +191,8 @@ class Data(Section):
     rest. `drop` the row, or stop with an `error`."""
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that cannot be read as its format says: stop at the first, or drop and count."""
+    canaries: Canaries | None = None
+    """Plant made-up secrets, which `gemma-tune eval --memorisation` looks for; by default none."""
     workers: Count = 1
     """Threads that tokenise, beside those that the tokenizer itself has."""
 
@@ -197,10 +218,11 @@ class Optim(Section):
     max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
     """Gradient clipping by global norm. The 2024 QLoRA script of Gemma used 0.3."""
     beta1: Fraction = 0.9
+    """AdamW's memory of gradients."""
     beta2: Fraction = 0.999
-    """`ppo` has 0.95."""
+    """AdamW's memory of squared gradients; `ppo` has 0.95."""
     epsilon: Annotated[Number, Field(gt=0)] = 1e-8
-    """`ppo` has 1e-5."""
+    """AdamW's floor of the divisor; `ppo` has 1e-5."""
 
 
 class Batch(Section):
