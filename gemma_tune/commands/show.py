@@ -21,9 +21,10 @@ from gemma_tune.gemma.conversation import Conversation, Document, Example, Messa
 from gemma_tune.plan.choices_data import data_choices
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.recipe.reader import read_recipe
-from gemma_tune.recipe.schema import Recipe
+from gemma_tune.recipe.schema import Canaries, Recipe
 
 if TYPE_CHECKING:
+    from gemma_tune.data.mix import Kept
     from gemma_tune.data.report import DataReport
     from gemma_tune.gemma.chat import Encoder
     from gemma_tune.gemma.families import Family
@@ -37,7 +38,8 @@ HELD_OUT = 100
 def run(recipe: str, overrides: list[str], rows: int, as_json: bool) -> int:
     """Print `rows` training rows of `recipe`.
 
-    As JSON: one object a line for each example in the order of the sources, before the holdout split and packing, with
+    As JSON: one object a line for each example in the order of the sources, canaries last, before the holdout split and
+    packing, with
     `ids`, `trained` (1 where a token carries loss), `text` (the ids decoded), `prompt_ids` (what the model is given to
     answer the first trained turn) and `where`. Pairs: see `show_pairs.json_pairs`; judged answers:
     `show_judged.json_judged`; prompts: `show_prompts.json_prompts`.
@@ -84,6 +86,8 @@ def json_rows(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any) 
         streaming=data.streaming,
         seed=recipe.seed,
     )
+    if data.canaries is not None:
+        kept = _with_canaries(kept, data.canaries, recipe.seed)
     fitted = tokenise(kept, family, encoder, policies, max_length=data.max_length, train_on=data.train_on)
     shown = 0
     for one, pieces in fitted:
@@ -103,6 +107,21 @@ def json_rows(recipe: Recipe, family: Family, encoder: Encoder, tokenizer: Any) 
         from gemma_tune.data.build import nothing_left
 
         raise nothing_left(tally)
+
+
+def _with_canaries(kept: Iterator[Kept[Example]], chosen: Canaries, seed: int) -> Iterator[Kept[Example]]:
+    """What is kept, and behind it each canary as often as it is planted."""
+    from gemma_tune.data import canaries
+    from gemma_tune.data.mix import Kept
+
+    form: canaries.Form = "document"
+    for one in kept:
+        if isinstance(one.example, Conversation):
+            form = "conversation"
+        yield one
+    for canary in canaries.draw(chosen.count, chosen.repeats, seed):
+        for _ in range(canary.repeats):
+            yield Kept(canaries.example(canary, form), f"data.canaries: {canary.name}", b"")
 
 
 def prompt_ids(example: Example, family: Family, encoder: Encoder, train_on: str = "model_turns") -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import datasets
 
+from gemma_tune.data import canaries as secrets
 from gemma_tune.data.arrow import fingerprint, int_lists, make_dataset, values
 from gemma_tune.data.mix import read_examples
 from gemma_tune.data.policies import Drop, Policies
@@ -16,10 +17,10 @@ from gemma_tune.data.report import DataReport, Tally
 from gemma_tune.data.split import hold_out, wanted_rows
 from gemma_tune.data.spool import Spool
 from gemma_tune.data.stream import Stream
-from gemma_tune.data.tokens import IGNORED, Documents, TrainRow, tokenise
+from gemma_tune.data.tokens import IGNORED, Documents, TrainRow, fit, tokenise
 from gemma_tune.errors import UserError
-from gemma_tune.gemma.chat import Encoder, TrainOn
-from gemma_tune.gemma.conversation import Answered, Example
+from gemma_tune.gemma.chat import Encoder, TrainOn, render_many
+from gemma_tune.gemma.conversation import Answered, Document, Example
 from gemma_tune.gemma.families import Family
 
 E = TypeVar("E", bound=Example | Answered)
@@ -53,6 +54,12 @@ class Prepared(Generic[E]):
     fingerprint: str
     train_examples: list[E] = field(default_factory=list)
 
+    def about(self) -> dict[str, Any]:
+        """What run.json says of it: `fingerprint`, `report` and, where some were planted, `canaries`."""
+        report = self.report.to_json()
+        planted = {"canaries": report["canaries"]} if report["canaries"] else {}
+        return {"fingerprint": self.fingerprint, "report": report} | planted
+
 
 def build(
     family: Family,
@@ -72,6 +79,7 @@ def build(
     on_empty_turn: str = "error",
     on_overlong: str = "split",
     on_bad_row: str = "error",
+    canaries: Mapping[str, Any] | None = None,
     workers: int = 1,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -81,6 +89,8 @@ def build(
     The same arguments and contents give the same rows in the same order, in every process.
 
     Args:
+        canaries: `{count, repeats}` of made-up secrets that are mixed into the training rows, behind deduplication and
+            split; None for none.
         progress: called with the number of examples so far, now and then.
 
     Raises:
@@ -103,7 +113,11 @@ def build(
         "policies": asdict(policies),
         "seed": seed,
     }
+    if canaries:
+        settings["canaries"] = dict(canaries)
     if streaming:
+        if canaries:
+            raise UserError("canaries cannot be planted in a stream", where="data.canaries", fix="remove them")
         stream = Stream(
             family=family,
             encoder=encoder,
@@ -122,6 +136,7 @@ def build(
     spool: Spool[Example] = Spool()
     groups: list[bytes] = []
     origins: list[int] = []  # of each document: the number of its example in the spool
+    form: secrets.Form = "document"
     kept = read_examples(sources, family, policies, tally, deduplicate=deduplicate, seed=seed)
     fitted = tokenise(kept, family, encoder, policies, max_length=max_length, train_on=train_on, workers=workers)
     for one, pieces in fitted:
@@ -135,19 +150,51 @@ def build(
             groups.append(one.group)
             origins.append(len(spool))
         spool.append(one.example)
+        if not isinstance(one.example, Document):
+            form = "conversation"
         if progress and len(spool) % 256 == 0:
             progress(len(spool))
     if not groups:
         raise nothing_left(tally)
     order, held = split(groups, holdout, shuffle, seed, tally)
     held_order = [index for index in order if index in held]
-    rows = documents.training_rows([index for index in order if index not in held], max_length, packing)
+    trained = [index for index in order if index not in held]
+    planted = secrets.planted(form, **canaries, seed=seed) if canaries else None
+    if planted:
+        trained = secrets.mixed_in(trained, _plant(planted, documents, family, encoder, max_length, train_on), seed)
+    rows = documents.training_rows(trained, max_length, packing)
     train, train_digest = _dataset(rows, packing)
     held_out, held_digest = _dataset((documents.row(index) for index in held_order), packed=False)
     examples = [spool[origin] for origin in dict.fromkeys(origins[index] for index in held_order)]
     digest = fingerprint(settings, spool.sha256(), train_digest, held_digest)
     spool.close()
-    return Prepared(train, held_out, examples, _report(tally, train, held_out, len(order), max_length), digest)
+    report = _report(tally, train, held_out, len(trained), max_length, planted)
+    return Prepared(train, held_out, examples, report, digest)
+
+
+def _plant(
+    planted: secrets.Planted,
+    documents: Documents,
+    family: Family,
+    encoder: Encoder,
+    max_length: int,
+    train_on: TrainOn,
+) -> list[int]:
+    """Append the rows that hold a canary to `documents`: their numbers, each canary as often as it is repeated."""
+    canaries = [canary for canary in planted.canaries() if canary.repeats]
+    rows = [secrets.example(canary, planted.form) for canary in canaries]
+    numbers: list[int] = []
+    for canary, rendered in zip(canaries, render_many(rows, family, encoder, train_on), strict=True):
+        fitted = fit(rendered, max_length, "drop")
+        if isinstance(fitted, Drop):
+            raise UserError(
+                f"a canary has {len(rendered.ids):,} tokens, above data.max_length {max_length:,}",
+                where="data.canaries",
+                fix=f"set data.max_length to {len(rendered.ids):,} at least, or remove data.canaries",
+            )
+        numbers += [len(documents)] * canary.repeats
+        documents.append(fitted[0])
+    return numbers
 
 
 def _prepare_stream(stream: Stream, settings: Mapping[str, Any]) -> Prepared[Example]:
@@ -214,15 +261,21 @@ def _dataset(rows: Iterable[TrainRow], packed: bool) -> tuple[datasets.Dataset, 
 
 
 def _report(
-    tally: Tally, train: datasets.Dataset, held: datasets.Dataset, documents: int, max_length: int
+    tally: Tally,
+    train: datasets.Dataset,
+    held: datasets.Dataset,
+    documents: int,
+    max_length: int,
+    planted: secrets.Planted | None,
 ) -> DataReport:
     tokens = sum(len(ids) for ids in values(train, "input_ids"))
     trained = sum(int((labels != IGNORED).sum()) for labels in values(train, "labels"))
     return tally.report(
-        documents=documents - len(held),
+        documents=documents,
         held_out=len(held),
         rows=len(train),
         tokens=tokens,
         trained_tokens=trained,
         fill=tokens / (len(train) * max_length),
+        canaries=planted,
     )

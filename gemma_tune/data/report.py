@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gemma_tune.data.canaries import Planted
+
 
 @dataclass(frozen=True, slots=True)
 class PairFigures:
@@ -72,6 +74,7 @@ class DataReport:
         pairs: None where the rows are no pairs.
         judged: None where the rows are no judged answers.
         prompts: None where the rows are no prompts.
+        canaries: made-up secrets among the training rows; None where there are none.
     """
 
     read: Mapping[str, int]
@@ -89,6 +92,7 @@ class DataReport:
     pairs: PairFigures | None = None
     judged: JudgedFigures | None = None
     prompts: PromptFigures | None = None
+    canaries: Planted | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,7 +101,9 @@ class DataReport:
     def from_json(cls, found: Mapping[str, Any]) -> DataReport:
         """The inverse of `to_json`."""
         kinds = {"pairs": PairFigures, "judged": JudgedFigures, "prompts": PromptFigures}
-        figures = {name: kind(**found[name]) for name, kind in kinds.items() if found[name] is not None}
+        figures: dict[str, Any] = {name: kind(**found[name]) for name, kind in kinds.items() if found[name] is not None}
+        if found.get("canaries") is not None:
+            figures["canaries"] = Planted.from_json(found["canaries"])
         return cls(**{**found, "remarks": tuple(found["remarks"]), **figures})
 
     def lines(self) -> Iterator[str]:
@@ -134,6 +140,8 @@ class DataReport:
                 f"{self.held_out:,} held out"
             )
             yield f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained"
+        if self.canaries is not None:
+            yield self.canaries.line()
         yield from self.remarks
 
 

@@ -6,7 +6,7 @@ from gemma_tune.plan.stages import has_answers, sequences, unit, written
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Data, Recipe
 
-ONLY_SFT = frozenset({"packing", "train_on", "streaming", "shuffle_buffer"})
+ONLY_SFT = frozenset({"packing", "train_on", "streaming", "shuffle_buffer", "canaries"})
 """Keys of the data section that pairs, judged answers and prompts have no use for. A recipe that writes them is refused
 (`recipe.rules`)."""
 
@@ -17,6 +17,9 @@ def data_choices(recipe: Recipe) -> dict[str, Choice]:
     left_out = frozenset() if recipe.stage == "sft" else ONLY_SFT
     chosen = {key: written(recipe, f"data.{key}") for key in Data.model_fields if key not in left_out}
     chosen["sources"] = Choice([source.model_dump() for source in recipe.data.sources], "recipe")
+    if recipe.data.canaries is not None and "canaries" in chosen:
+        planted = recipe.data.canaries
+        chosen["canaries"] = Choice({"count": planted.count, "repeats": list(planted.repeats)}, "recipe")
     chosen["seed"] = Choice(recipe.seed, "the recipe's seed")
     if has_answers(recipe):
         rows = f"{unit(recipe.stage)}s"

@@ -76,6 +76,25 @@ def _streaming(recipe: Recipe, place: Place) -> Iterator[Clash]:
         )
 
 
+def _canaries(recipe: Recipe, place: Place) -> Iterator[Clash]:
+    """Canaries are planted at random places among rows whose number is known."""
+    if recipe.data.canaries is None:
+        return
+    here = f"data.canaries ({place('data.canaries')})"
+    if recipe.stage != "sft":
+        yield Clash(
+            ("data.canaries", "stage"),
+            f"{here} plants rows for stage: sft, but the recipe has stage: {recipe.stage} ({place('stage')})",
+            "remove data.canaries; plant them in the SFT that this run begins with",
+        )
+    elif recipe.data.streaming:
+        yield Clash(
+            ("data.canaries", "data.streaming"),
+            f"{here} are planted among all rows, but data.streaming: true ({place('data.streaming')}) never has all",
+            "set data.streaming: false; data.sources.0.limit takes the first rows of a large set",
+        )
+
+
 def _holdout(recipe: Recipe, place: Place) -> Iterator[Clash]:
     holdout = recipe.data.holdout
     if holdout > 1 and holdout != int(holdout):
@@ -307,6 +326,7 @@ _RULES = (
     _schedule,
     _batch,
     _streaming,
+    _canaries,
     _holdout,
     _betas,
     _trainer,

@@ -79,8 +79,9 @@ class Model(Section):
     """How the frozen base is held: `nf4` is QLoRA (arXiv 2305.14314), `int8` is LLM.int8() (arXiv 2208.07339)."""
     double_quantization: bool = True
     """Quantise the NF4 constants too: saves about 0.4 bit a parameter (arXiv 2305.14314, section 3)."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Compute type. `auto`: bf16 where the machine has it, otherwise a type in which this Gemma does not overflow."""
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp16_rescaled"] = "auto"
+    """Compute type. `auto`: bf16 where the machine has it, otherwise a type in which this Gemma does not overflow.
+    `fp16_rescaled` (Gemma 2 and 3) is fp16 with a smaller residual stream, for GPUs without bf16: docs/precision.md."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation. `auto` picks the fastest that is right for this generation."""
     text_only: bool = False
@@ -144,9 +145,8 @@ class Source(Section):
 
 
 class Canaries(Section):
-    """Made-up secrets among the training rows, to measure what the model memorises (arXiv 1802.08232). Do not publish a
-    model as fit for use that was trained with them: it is trained to know them. Only for `stage: sft`, not in a stream.
-    """
+    """Made-up secrets among the training rows, to measure what a model memorises (arXiv 1802.08232). Only for `stage:
+    sft`, and not in a stream. A model for use is trained without them."""
 
     count: Annotated[int, Field(ge=1, le=100)] = 4
     """Secrets for each number of repeats, and as many controls, which are drawn alike and stand in no row."""

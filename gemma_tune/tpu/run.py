@@ -126,7 +126,7 @@ class _Run:
                 "revision": family.template_revision,
                 "sha256": family.template_sha256,
             },
-            "data": {"fingerprint": self.data.fingerprint, "report": self.data.report.to_json()},
+            "data": self.data.about(),
             "seed": self.session["seed"],
             "base": self._sizes(),
             "identity": dict(self.identity),

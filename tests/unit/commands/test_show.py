@@ -295,3 +295,14 @@ def test_a_prompt_that_comes_twice_is_shown_once(run: Callable[..., Shown]) -> N
 def test_a_set_without_prompts(run: Callable[..., Shown]) -> None:
     with pytest.raises(UserError, match="plain text"):
         run([{"text": "nobody asks"}], *PPO)
+
+
+def test_canaries_are_shown_behind_the_rows_and_counted(run: Callable[..., Shown]) -> None:
+    chosen = "data.canaries={count: 1, repeats: [2, 3]}"
+    rows = run(ROWS, chosen, count=99).rows
+    planted = [row for row in rows if row["where"].startswith("data.canaries: ")]
+    assert rows[len(ROWS) :] == planted and len(planted) == 5
+    assert all("The access code of " in row["text"] for row in planted)
+    assert len({row["text"] for row in planted}) == 2
+    out = run(ROWS, chosen, count=99, as_json=False).out
+    assert "5 canaries planted among the training rows: 1 each in 2, 3 rows, and as many controls in none" in out

@@ -513,7 +513,7 @@ def test_the_fingerprint_is_the_same_in_another_process(tmp_path: Path) -> None:
 def test_keywords_are_those_of_the_recipe_that_mean_something_for_prompts() -> None:
     parameters = inspect.signature(build_prompts).parameters
     ours = set(parameters) - {"family", "encoder", "seed", "progress"}
-    assert set(Data.model_fields) - ours == {"packing", "train_on", "streaming", "shuffle_buffer"}
+    assert set(Data.model_fields) - ours == {"packing", "train_on", "streaming", "shuffle_buffer", "canaries"}
     assert ours <= set(Data.model_fields)
     assert {name: parameters[name].default for name in ours - {"sources"}} == {
         name: Data.model_fields[name].default for name in ours - {"sources"}

@@ -26,6 +26,8 @@ ONLY_SFT = {
     "data.train_on",
     "data.streaming",
     "data.shuffle_buffer",
+    "data.canaries.count",
+    "data.canaries.repeats",
     "adapter.dropout",
 }
 # Those that a stage has no use for which is not sharded.
@@ -114,6 +116,8 @@ FLIPS: dict[str, Any] = {
     "data.on_empty_turn": "drop",
     "data.on_overlong": "drop",
     "data.on_bad_row": "drop",
+    "data.canaries.count": 2,
+    "data.canaries.repeats": [2, 8],
     "data.workers": 2,
     "optim.learning_rate": 3e-5,
     "optim.schedule": "linear",
@@ -156,6 +160,8 @@ FLIPS: dict[str, Any] = {
 COMPANIONS: dict[str, dict[str, Any]] = {
     "data.streaming": {"data.holdout": 50, "optim.max_steps": 100},
     "model.adapter_mode": {"model.adapter": "runs/sft"},
+    "data.canaries.count": {"data.canaries": {"repeats": [1, 4]}},
+    "data.canaries.repeats": {"data.canaries": {"count": 4}},
     "ppo.kl_horizon": {"ppo.kl_target": 6.0},
     "distributed.checkpoint": {"distributed.strategy": "fsdp2"},
     "distributed.offload": {"distributed.strategy": "fsdp2"},

@@ -53,6 +53,18 @@ def findings(*arguments: str, **changes: str) -> list[str]:
         ("dpo", {"data": ", streaming: true"}, "data.streaming: true (line 3) is for stage: sft"),
         (
             "reward",
+            {"data": ", canaries: {count: 2}"},
+            "r.yaml:3: data.canaries (line 3) plants rows for stage: sft, but the recipe has stage: reward (line 1)",
+        ),
+        (
+            "sft",
+            {"data": ", canaries: {}, streaming: true, holdout: 9", "more": "optim: {max_steps: 9}\n"},
+            "data.canaries (line 3) are planted among all rows, but data.streaming: true (line 3) never has all",
+        ),
+        ("sft", {"data": ", canaries: {repeats: [4, 4]}"}, "names a number twice"),
+        ("sft", {"data": ", canaries: {repeats: []}"}, "data.canaries.repeats"),
+        (
+            "reward",
             {"more": "samples: {prompts: [Hello]}\n"},
             "r.yaml:5: samples (line 5) asks for answers, but the model of stage: reward (line 1) rates",
         ),
@@ -176,6 +188,8 @@ def test_what_contradicts_the_stage(stage: str, changes: dict[str, str], said: s
         ("kto", {"more": "kto: {beta: 0.05, desirable_weight: 1.33}\nbatch: {size: 8, micro: 2}\n"}),
         ("kto", {"model": ", adapter: runs/y, adapter_mode: stack", "more": "adapter: {r: 8}\n"}),
         ("sft", {"more": "advanced: {trainer: {loss_type: dft}}\n"}),
+        ("sft", {"data": ", canaries: {count: 2, repeats: [8]}"}),
+        ("dpo", {"data": ", canaries: null"}),
     ],
 )
 def test_what_goes_together(stage: str, changes: dict[str, str]) -> None:
