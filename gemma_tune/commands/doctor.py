@@ -146,7 +146,7 @@ def _device() -> Iterator[Finding]:
             "bf16",
             "note",
             "emulated",
-            "precision: auto takes another type where that is faster; fp16 overflows in Gemma 2, 3 and 4",
+            "precision: auto takes another type: plain fp16 overflows in Gemma 2, 3, 3n and 4 (docs/precision.md)",
         )
     flags = cpu_flags()
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]

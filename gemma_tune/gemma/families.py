@@ -20,6 +20,10 @@ from gemma_tune.errors import UserError
 
 Targets = Literal["all-linear", "attention", "mlp"]
 
+RESIDUAL_EXPONENT = -8
+"""In `fp16_rescaled` the residual stream is multiplied by two to this power. On the real Gemma 3 270M it reaches
+103,821, which becomes 406; at -10 a gradient of it overflowed at a loss scale of 1,024: they grow by as much."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gguf:
@@ -69,7 +73,9 @@ class Family:
         norms_per_layer: RMS norms as wide as the hidden size in one decoder layer.
         qk_norm: whether queries and keys are normalised, with one learned vector of a head's size each.
         attention: attention implementations that are right for this generation, the default first.
-        fp16_safe: False where fp16 compute is known to overflow.
+        fp16: whether it can be computed in fp16. `plain`: as it is. `rescaled`: with its residual stream multiplied by
+            2^RESIDUAL_EXPONENT (`models.rescale`), which is exact where RMS norms are all that reads and writes it.
+            `never`: it overflows, and no exact remedy is known.
         accepts_loss_kwargs: what the model class tells the Trainer. False breaks gradient accumulation: correct it.
         kv_shared: whether sizes of it share keys and values between layers; reentrant checkpointing is then wrong.
         skip_quantization: patterns of modules that must keep 16 bits (`llm_int8_skip_modules`).
@@ -112,7 +118,7 @@ class Family:
     norms_per_layer: int
     qk_norm: bool
     attention: tuple[str, ...]
-    fp16_safe: bool
+    fp16: Literal["plain", "rescaled", "never"]
     accepts_loss_kwargs: bool
     kv_shared: bool
     skip_quantization: tuple[str, ...]
@@ -256,7 +262,7 @@ _GEMMA1: dict[str, Any] = {
     "attention": ("sdpa", "eager", "flash_attention_2"),  # modeling: _supports_sdpa, _supports_flash_attn
     # No report of overflow inside transformers, which keeps RoPE and norms in fp32 (transformers#29402), and Google's
     # 2024 notebook trains it in fp16. NaN was reported for other code (gemma_pytorch#10, #24). Not measured by us.
-    "fp16_safe": True,
+    "fp16": "plain",  # no norm behind attention and MLP: what they add to the stream could not be made smaller
     "kv_shared": False,
     "skip_quantization": ("lm_head",),  # tied to the embedding, which is not quantised
     "attention_softcap": None,
@@ -276,7 +282,7 @@ _GEMMA2 = _GEMMA1 | {
     "norms_per_layer": 4,  # modeling: before and after attention and the MLP
     # modeling: _supports_sdpa = False ("sdpa does not support softcapping"): sdpa raises ValueError.
     "attention": ("eager", "flash_attention_2"),
-    "fp16_safe": False,  # transformers#32309, unsloth#2040: inf in hidden states
+    "fp16": "rescaled",  # plain: inf in hidden states (transformers#32309, unsloth#2040)
     "attention_softcap": 50.0,  # config
     "final_softcap": 30.0,  # config
     "gguf": Gguf(arch="gemma2", norm_offset=1.0, period=2, narrow_scale_layers=46),
@@ -290,7 +296,7 @@ _GEMMA3_TEXT = _GEMMA1 | {
     "decoder_layer": "Gemma3DecoderLayer",
     "norms_per_layer": 4,
     "qk_norm": True,  # modeling: q_norm, k_norm
-    "fp16_safe": False,  # transformers#39972, LlamaFactory#7755
+    "fp16": "rescaled",  # plain: transformers#39972, LlamaFactory#7755; docs/precision.md
     # generation_config.json of google/gemma-3-*-it: top_k 64, top_p 0.95; no temperature, which is transformers' 1.
     "sampling": {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
     "gguf_tokenizer": True,  # tests/integration/test_real_270m.py compares it with Google's
@@ -302,6 +308,8 @@ _GEMMA3N_TEXT = _GEMMA3_TEXT | {
     "model_types": ("gemma3n_text",),
     "control_ids": _CONTROL_3N,
     "decoder_layer": "Gemma3nTextDecoderLayer",
+    # modeling: per_layer_input_gate reads the stream without a norm: its GELU is no function of the direction alone.
+    "fp16": "never",
     "kv_shared": True,  # config: num_kv_shared_layers
     "gguf": None,  # llama.cpp: the layers that share keys and values are fixed to those of the published sizes
     # modeling: AltUp clamps prediction_coefs in place while it trains, which destroys a packed 4-bit weight; its other
@@ -324,7 +332,9 @@ _GEMMA4_TEXT = _GEMMA3_TEXT | {
     "decoder_layer": "Gemma4TextDecoderLayer",
     # Heads of 512 on global layers (config: global_head_dim); flash-attention 2 ends at 256 (LlamaFactory#10736).
     "attention": ("sdpa", "eager"),
-    "fp16_safe": False,  # unsloth#5055, #5074: NaN after a few steps
+    # NaN after a few steps (unsloth#5055, #5074). modeling: in E2B and E4B per_layer_input_gate reads the stream
+    # without a norm, as in 3n; the others were not looked into.
+    "fp16": "never",
     "kv_shared": True,  # E2B and E4B; config: num_kv_shared_layers. Reentrant checkpointing: unsloth-zoo#1275
     "skip_quantization": ("lm_head", r".*\.router"),  # 26B-A4B: its routing must not be rounded
     "final_softcap": 30.0,  # google-deepmind/gemma, gm/nn/gemma4/_gemma4.py
@@ -402,6 +412,7 @@ FAMILIES: dict[str, Family] = {
             "model_types": ("vaultgemma",),
             "decoder_layer": "VaultGemmaDecoderLayer",
             "norms_per_layer": 2,  # modeling: none after attention and the MLP
+            "fp16": "never",  # which is why its stream cannot be rescaled
             "gguf": None,  # llama.cpp has no such architecture
         },
     )

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from gemma_tune.errors import AccessError, UserError
 from gemma_tune.gemma.families import FAMILIES, Family
 from gemma_tune.models import remedies
-from gemma_tune.models.load import check_report, device_map, dtype_named, dtype_of_machine, prepare
+from gemma_tune.models.load import (
+    check_report,
+    device_map,
+    dtype_named,
+    dtype_of_machine,
+    prepare,
+    residual_exponent_of,
+)
 from gemma_tune.models.reference import ModelSource, forget_gguf, quiet_transformers, repair_gguf_tokenizer
 from gemma_tune.models.tokenizer import open_tokenizer
 
@@ -85,6 +92,7 @@ def open_gguf(file: Path, changes: Mapping[str, Any]) -> tuple[Any, PreTrainedTo
     family = _family(header, file)
     attention = str(changes.get("attn_implementation") or family.attention[0])
     remedies.check_attention(attention, family)
+    dtype = changes.get("dtype") or dtype_of_machine(family)
     tokenizer = _tokenizer(file, family)
     from transformers import AutoModelForCausalLM
 
@@ -94,7 +102,7 @@ def open_gguf(file: Path, changes: Mapping[str, Any]) -> tuple[Any, PreTrainedTo
                 str(file.parent),
                 gguf_file=file.name,
                 config=_config(file, header, family),
-                dtype=dtype_named(changes.get("dtype") or dtype_of_machine(family)),
+                dtype=dtype_named(dtype),
                 attn_implementation=attention,
                 output_loading_info=True,
                 local_files_only=True,
@@ -107,7 +115,7 @@ def open_gguf(file: Path, changes: Mapping[str, Any]) -> tuple[Any, PreTrainedTo
     model, report = loaded
     check_report(report, str(file), only_text=False)
     forget_gguf(model)
-    prepare(model, family)
+    prepare(model, family, residual_exponent_of(dtype, family))
     return model, tokenizer, family
 
 

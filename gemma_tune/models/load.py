@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
 from gemma_tune.errors import AccessError, UserError
-from gemma_tune.gemma.families import Family, family_of, text_only
+from gemma_tune.gemma.families import RESIDUAL_EXPONENT, Family, family_of, text_only
 from gemma_tune.models import remedies
 from gemma_tune.models.reference import ModelSource, quiet_transformers, resolve
+from gemma_tune.models.rescale import rescale_residual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ def load_base(
     """The base model, on the device of this process, ready for an adapter or a full fine-tune.
 
     Args:
-        model: `Plan.values("model")`: name, revision, text_only, dtype, attn_implementation.
+        model: `Plan.values("model")`: name, revision, text_only, dtype, attn_implementation, residual_exponent.
         quantization: keywords of BitsAndBytesConfig; empty for none.
         family: the generation that the plan was made for.
         device: another one than this process's own, such as `cpu` for weights that go to a GPU in parts.
@@ -58,7 +59,7 @@ def load_base(
         device_map={"": device} if device else device_map(),
     )
     check_report(report, source.name, only_text)
-    prepare(loaded, family)
+    prepare(loaded, family, model.get("residual_exponent") or 0)
     object.__setattr__(loaded, "_gemma_tune_source", source)
     return loaded
 
@@ -157,10 +158,13 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def prepare(model: PreTrainedModel, family: Family) -> None:
+def prepare(model: PreTrainedModel, family: Family, residual_exponent: int = 0) -> None:
     """What every model needs after it was loaded, whatever it was loaded from."""
+    if residual_exponent:
+        rescale_residual(model, family, residual_exponent)
     remedies.keep_gradient_after_eval(model)
     remedies.keep_head_input_contiguous(model)
+    remedies.keep_masks_finite(model)
     remedies.check_quantised_modules(model, family)
     remedies.forbid_reentrant_checkpointing(model, family)
     remedies.freeze_towers(model)
@@ -183,9 +187,20 @@ def dtype_of_machine(family: Family) -> str:
     """For a model without a plan: bf16 where the GPU has it, else a type in which this Gemma does not overflow."""
     import torch
 
-    if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
+    if not on_gpu() or torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
-    return "float16" if family.fp16_safe else "float32"
+    return "float32" if family.fp16 == "never" else "float16"
+
+
+def residual_exponent_of(dtype: str, family: Family) -> int:
+    """For a model without a plan: `residual_exponent` of its model section, which keeps it finite in `dtype`."""
+    return RESIDUAL_EXPONENT if dtype == "float16" and family.fp16 == "rescaled" else 0
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def dtype_named(name: str) -> Any:

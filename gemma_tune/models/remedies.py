@@ -86,6 +86,35 @@ def keep_head_input_contiguous(model: PreTrainedModel) -> None:
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
+_LOWEST_MASK = -(2.0**15)  # far below every score, and far enough above -65,504 for a score to be added
+
+
+def keep_masks_finite(model: PreTrainedModel) -> None:
+    """Raise the lowest number in additive masks of fp16, so that mask and score do not add up to minus infinity.
+
+    transformers masks eager attention with the lowest number of its type. In fp16, -65,504 and a score below -16 are
+    minus infinity. A row of which all scores are so (a query of left padding may have such) becomes NaN, and with it
+    the whole sequence, since a weight of 0 times a value of NaN is NaN. bf16 and fp32 have room below; masks of sdpa
+    are boolean.
+
+    Defect: `eager_mask` (masking_utils.py) with `eager_attention_forward` of Gemma, transformers up to at least 5.23.
+    """
+    import torch
+
+    if model.dtype != torch.float16:
+        return
+
+    def clamp(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        mask = kwargs.get("attention_mask")
+        if mask is None or mask.dtype != torch.float16:
+            return None
+        return args, {**kwargs, "attention_mask": mask.clamp(min=_LOWEST_MASK)}
+
+    for name, module in model.named_modules():
+        if name.endswith(".self_attn") and not is_tower(name):
+            module.register_forward_pre_hook(clamp, with_kwargs=True)
+
+
 def _linear_4bit(model: nn.Module) -> Iterator[Any]:
     import sys
 

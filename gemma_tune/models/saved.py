@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune import console
 from gemma_tune.errors import UserError
 from gemma_tune.gemma.families import Family, family_of, text_only
 from gemma_tune.models.gguf_files import find_gguf, open_gguf
-from gemma_tune.models.load import dtype_of_machine, load_base
+from gemma_tune.models.load import dtype_of_machine, load_base, on_gpu, residual_exponent_of
 from gemma_tune.models.lora import CONFIG, open_adapter
 from gemma_tune.models.reference import ModelSource, resolve
 from gemma_tune.models.tokenizer import load_tokenizer, open_tokenizer
@@ -72,10 +73,19 @@ def open_saved(saved: Saved, **changes: Any) -> tuple[Any, PreTrainedTokenizerBa
     source = resolve(saved.name, saved.revision, need="config")
     family = family_of(read_json(source.path / "config.json"), where=source.name)
     recorded = saved.section("model", "dtype", "attn_implementation", "text_only")
+    quantization = saved.section("quantization") if saved.adapter else {}
+    if recorded.get("dtype") == "float16" and "dtype" not in changes and not on_gpu():
+        recorded["dtype"] = dtype_of_machine(family)
+        console.note(
+            f"{saved.name}: this run computed in fp16, which a CPU only emulates; here it is {recorded['dtype']}"
+        )
+        if "bnb_4bit_compute_dtype" in quantization:
+            quantization["bnb_4bit_compute_dtype"] = recorded["dtype"]
     model = {"dtype": dtype_of_machine(family), **recorded, **changes, "name": saved.name, "revision": saved.revision}
+    model["residual_exponent"] = residual_exponent_of(model["dtype"], family)
     if model.get("text_only"):
         family = text_only(family)
-    base = load_base(model, saved.section("quantization") if saved.adapter else {}, family)
+    base = load_base(model, quantization, family)
     tokenizer = _tokenizer_of(saved, family)
     return (open_adapter(base, saved.adapter) if saved.adapter else base), tokenizer, family
 

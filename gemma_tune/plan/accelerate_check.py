@@ -271,7 +271,7 @@ def _types(file: AccelerateFile, family: Family) -> Iterator[Problem]:
             file.where("mixed_precision"),
             "write `mixed_precision: 'no'`: types are the recipe's (model.precision)",
         )
-    if precision == "fp16" and (file.kind == "FSDP" or not family.fp16_safe):
+    if precision == "fp16" and (file.kind == "FSDP" or family.fp16 != "plain"):
         why = "fp16 cannot be sharded" if file.kind == "FSDP" else f"{family.label} overflows fp16"
         yield Problem(
             f"mixed_precision: fp16, but {why}",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gemma_tune.gemma.families import Family
+from gemma_tune.gemma.families import RESIDUAL_EXPONENT, Family
 from gemma_tune.plan.machine import Machine
 from gemma_tune.plan.stages import continues, written
 from gemma_tune.plan.starts import Start
 from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp16_rescaled": "float16"}
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -27,6 +27,7 @@ class Precision:
         why: reason for `compute`.
         why_weights: reason for `weights`.
         why_autocast: reason for `autocast`.
+        residual_exponent: the residual stream is multiplied by two to this power (`models.rescale`); 0 for none.
     """
 
     weights: str
@@ -35,19 +36,26 @@ class Precision:
     why: str
     why_weights: str
     why_autocast: str
+    residual_exponent: int = 0
+
+    @property
+    def loss_scaling(self) -> bool:
+        """Whether the loss is scaled before the backward pass: small gradients underflow fp16."""
+        return self.compute == "float16"
 
 
 def choose_precision(recipe: Recipe, machine: Machine, family: Family) -> Precision:
     """Types that this Gemma trains in without overflow on this machine."""
-    compute, why = _compute_type(recipe, machine, family)
+    compute, why, exponent = _compute_type(recipe, machine, family)
     if recipe.adapter is None:
         # bf16 has 8 bits of mantissa: an update below 1/256 of a weight is lost, so weights are kept in fp32.
         autocast: Literal["bf16", "fp16"] | None = {"bfloat16": "bf16", "float16": "fp16"}.get(compute)  # type: ignore[assignment]
         if autocast is None:
             return Precision("float32", compute, None, why, "as computed", "everything is fp32")
         weights = "fp32 masters: small updates would be lost in 16 bits"
-        return Precision("float32", compute, autocast, why, weights, f"matrix products in {autocast} on fp32 masters")
-    if compute == "float16":
+        why_autocast = f"matrix products in {autocast} on fp32 masters"
+        return Precision("float32", compute, autocast, why, weights, why_autocast, exponent)
+    if compute == "float16" and not exponent:
         # Small gradients underflow fp16, so the loss is scaled; the Trainer scales only under autocast.
         return Precision(
             compute, compute, "fp16", why, why, "fp16 gradients need loss scaling, which comes with autocast"
@@ -55,22 +63,25 @@ def choose_precision(recipe: Recipe, machine: Machine, family: Family) -> Precis
     # peft casts what enters an adapter to the adapter's fp32 and its result back (peft 0.21, lora/bnb.py, layer.py), so
     # a 16-bit base and fp32 adapters work together as they are: less memory and faster than autocast on an fp32 base.
     no_autocast = "the base is loaded in its compute type and peft casts around the fp32 adapters"
-    return Precision(compute, compute, None, why, why, no_autocast)
+    return Precision(compute, compute, None, why, why, no_autocast, exponent)
 
 
-def _compute_type(recipe: Recipe, machine: Machine, family: Family) -> tuple[str, str]:
-    if recipe.model.precision != "auto":
-        return DTYPES[recipe.model.precision], "recipe"
+def _compute_type(recipe: Recipe, machine: Machine, family: Family) -> tuple[str, str, int]:
+    """Type of the matrix products, the reason for it, and what the residual stream is multiplied by."""
+    asked = recipe.model.precision
+    if asked != "auto":
+        return DTYPES[asked], "recipe", RESIDUAL_EXPONENT if asked == "fp16_rescaled" else 0
     if machine.bf16:
-        return "bfloat16", f"Gemma is published in bf16 and {machine.name} multiplies it natively"
+        return "bfloat16", f"Gemma is published in bf16 and {machine.name} multiplies it natively", 0
     if machine.device == "cpu":
-        return (
-            "float32",
-            f"{machine.name} has no bf16 instructions (AVX512-BF16, AMX): emulating them is slower than fp32",
-        )
-    if family.fp16_safe:
-        return "float16", f"{machine.name} has no bf16, and nobody reported {family.label} to overflow fp16 here"
-    return "float32", f"{machine.name} has no bf16, and {family.label} overflows fp16: slower, but it trains"
+        slow = f"{machine.name} has no bf16 instructions (AVX512-BF16, AMX): emulating them is slower than fp32"
+        return "float32", slow, 0
+    if family.fp16 == "plain":
+        return "float16", f"{machine.name} has no bf16, and nobody reported {family.label} to overflow fp16 here", 0
+    if family.fp16 == "rescaled":
+        why = f"fp16_rescaled: {machine.name} has no bf16, and {family.label} overflows plain fp16"
+        return "float16", why, RESIDUAL_EXPONENT
+    return "float32", f"{machine.name} has no bf16, and {family.label} overflows fp16: slower, but it trains", 0
 
 
 def choose_attention(recipe: Recipe, family: Family) -> Choice:
@@ -100,7 +111,17 @@ def model_choices(recipe: Recipe, family: Family, precision: Precision) -> dict[
         "text_only": text_only,
         "dtype": Choice(precision.weights, precision.why_weights),
         "attn_implementation": choose_attention(recipe, family),
+        **_residual(family, precision),
     }
+
+
+def _residual(family: Family, precision: Precision) -> dict[str, Choice]:
+    """Where it is left as it is, nothing: runs of before have the same plan."""
+    exponent = precision.residual_exponent
+    if not exponent:
+        return {}
+    why = f"the residual stream of {family.label} overflows fp16; times a power of two its RMS norms give the same"
+    return {"residual_exponent": Choice(exponent, why)}
 
 
 def quantization_choices(recipe: Recipe, family: Family, precision: Precision) -> dict[str, Choice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gemma_tune.gemma.families import Family
+from gemma_tune.plan.choices_model import Precision
 from gemma_tune.plan.choices_ppo import critic_choice, rewards_choice
 from gemma_tune.plan.sharding import Sharding, distributed_choice
 from gemma_tune.plan.stages import written
@@ -12,7 +13,7 @@ from gemma_tune.plan.types import Choice
 from gemma_tune.recipe.schema import Recipe
 
 
-def session_choices(recipe: Recipe, family: Family, sharding: Sharding) -> dict[str, Choice]:
+def session_choices(recipe: Recipe, family: Family, precision: Precision, sharding: Sharding) -> dict[str, Choice]:
     """What the run folder, evaluation, samples, checkpoints, tracking and the stage's own code need."""
     tenth = "every: a tenth of the steps, which are known when the data is read"
     return {
@@ -24,6 +25,7 @@ def session_choices(recipe: Recipe, family: Family, sharding: Sharding) -> dict[
         "checkpoint": _section(recipe.checkpoint, tenth if recipe.checkpoint.every is None else ""),
         "tracking": _section(recipe.tracking, ""),
         "distributed": distributed_choice(sharding),
+        "loss_scaling": _loss_scaling(precision),
         **_of_stage(recipe, family),
     }
 
@@ -40,6 +42,12 @@ def _samples(recipe: Recipe) -> Choice:
     if recipe.stage == "reward":
         return Choice(chosen.value | {"held_out": held_out.value}, held_out.reason)
     return chosen
+
+
+def _loss_scaling(precision: Precision) -> Choice:
+    if precision.loss_scaling:
+        return Choice(True, "small gradients underflow fp16: the loss is multiplied, and gradients are divided again")
+    return Choice(False, f"{precision.compute} has the range of fp32")
 
 
 def _adapter(recipe: Recipe) -> Choice:

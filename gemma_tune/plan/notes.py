@@ -63,6 +63,13 @@ def _types(recipe: Recipe, machine: Machine, family: Family, precision: Precisio
             f"{machine.name} has no bf16 and {family.label} overflows fp16: matrix products run in fp32, several times "
             "slower than on a GPU with bf16."
         )
+    if precision.residual_exponent and machine.device == "cpu":
+        yield "A CPU multiplies fp16 up to a hundred times slower than fp32: good for a proof, not for training."
+    elif precision.residual_exponent:
+        yield (
+            f"fp16_rescaled was proved on the real Gemma 3 270M on a CPU (docs/precision.md) and never ran on "
+            f"{machine.name}: the run stops where a loss is not finite."
+        )
     if machine.device == "cpu" and not machine.bf16 and precision.compute == "bfloat16":
         yield f"{machine.name} emulates bf16: model.precision: auto would take fp32, which is faster here."
     if recipe.model.quantization == "int8":

@@ -73,7 +73,7 @@ def make_plan(
         lora=lora_choices(recipe, family, start),
         trainer=trainer_choices(recipe, machine, family, precision, batch, sharding),
         data=data_choices(recipe),
-        session=session_choices(recipe, family, sharding),
+        session=session_choices(recipe, family, precision, sharding),
         memory=memory,
         notes=notes_of(recipe, machine, shape, family, precision, memory, start, launch, sharding),
         refusal=refusal(recipe, machine, shape, family, start, rewards, launch),

@@ -53,11 +53,17 @@ def _model(recipe: Recipe, shape: Shape, family: Family) -> Iterator[Problem]:
             "model.attention",
             f"set model.attention: auto, or one of: {', '.join(family.attention)}",
         )
-    if precision == "fp16" and not family.fp16_safe:
+    if precision == "fp16" and family.fp16 != "plain":
         yield Problem(
             f"{family.label} overflows fp16 (it ends at 65,504) and the loss becomes NaN",
             "model.precision",
-            "set model.precision: auto",
+            "set model.precision: auto" + (", or fp16_rescaled" if family.fp16 == "rescaled" else ""),
+        )
+    if precision == "fp16_rescaled" and family.fp16 != "rescaled":
+        yield Problem(
+            f"the residual stream of {family.label} cannot be rescaled: more than RMS norms reads or writes it",
+            "model.precision",
+            "set model.precision: auto" + (", or fp16" if family.fp16 == "plain" else ""),
         )
     if attention == "flash_attention_2" and precision == "fp32":
         yield Problem("FlashAttention computes in 16 bits only", "model.attention", "set model.attention: auto")
@@ -112,9 +118,15 @@ def _machine(recipe: Recipe, machine: Machine, start: Start | None) -> Iterator[
         )
     if precision == "fp16" and machine.device == "cpu":
         yield Problem(
-            "fp16 training needs a GPU: its loss scaling does not exist on a CPU",
+            "fp16 training needs a GPU: its autocast does not exist on a CPU",
             "model.precision",
             "set model.precision: auto",
+        )
+    if precision == "fp16_rescaled" and machine.device == "cpu" and recipe.adapter is None:
+        yield Problem(
+            "all weights are trained under autocast, which accelerate has not for fp16 on a CPU",
+            "model.precision",
+            "set model.precision: auto, or train an adapter",
         )
     if machine.device == "cpu" and recipe.model.quantization == "int8" and dora:
         # peft 0.21's dequantize_module_weight moves a CPU weight "back", and the copy has lost its scales.

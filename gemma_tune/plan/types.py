@@ -33,14 +33,16 @@ class Plan:
         stage: the algorithm.
         family: name of the Gemma generation (`gemma.families`).
         machine: name and facts of the machine that it was made for.
-        model: keywords of `models.load` (name, revision, tokenizer, text_only, dtype, attn_implementation).
+        model: keywords of `models.load` (name, revision, tokenizer, text_only, dtype, attn_implementation; and
+            residual_exponent where the residual stream is made smaller for fp16).
         quantization: keywords of `transformers.BitsAndBytesConfig`; empty where the base is not quantised.
         lora: keywords of `peft.LoraConfig`; empty for a full fine-tune.
         trainer: keywords of the stage's configuration (`stages.CONFIGS`).
         data: keywords of `data.build.build`, of `data.pairs.build_pairs` where rows are pairs, of
             `data.judged.build_judged`, or of `data.prompts.build_prompts`.
         session: what the run folder, samples, evaluation and tracking need; the adapter that the training begins with;
-            and what a stage's own code needs (`reward`, `precompute_reference`; `rewards`, `critic`).
+            whether the loss is scaled; and what a stage's own code needs (`reward`, `precompute_reference`; `rewards`,
+            `critic`).
         memory: the estimate, term by term.
         notes: what the user should know before starting: one sentence each.
         refusal: why a run of it would be refused on this machine (it does not fit); empty where it may start.

@@ -188,7 +188,7 @@ def _refused(recipe: Recipe, family: Family, shape: Shape) -> Iterator[Problem]:
         yield Problem(f"{family.label} is not connected to tunix", "model.name", "use Gemma 1, 2 or 3")
     if not shape.tied:
         yield Problem("this model has an output head of its own, and tunix's has none", "model.name", other)
-    if recipe.model.precision == "fp16":
+    if recipe.model.precision in ("fp16", "fp16_rescaled"):
         yield Problem("TPUs have no fp16", "model.precision", "set model.precision: auto")
     if recipe.model.quantization == "int8":
         yield Problem(

@@ -24,6 +24,7 @@ from gemma_tune.errors import TrainingError
 from gemma_tune.train import checkpoint, sharding
 from gemma_tune.train.callbacks import Clock, counters_of
 from gemma_tune.train.evaluate import Answer, Prompt
+from gemma_tune.train.loss_scaling import LossScaler
 from gemma_tune.train.session import RunFolder
 from gemma_tune.train.sharded_checkpoint import has_parts, read_optimizer, write_parts
 from gemma_tune.train.signals import Signals
@@ -57,6 +58,7 @@ class Surroundings:
         held_out: rows for `evaluate`; may be empty.
         progress: counters of the checkpoint that the run continues from.
         distributed: how processes share the model (`plan.values("session")["distributed"]`).
+        loss_scaling: whether gradients are in fp16, so that the loss is scaled (`train.loss_scaling`).
     """
 
     folder: RunFolder
@@ -66,6 +68,7 @@ class Surroundings:
     held_out: Sequence[Mapping[str, Any]] = ()
     progress: Mapping[str, Any] | None = None
     distributed: Mapping[str, Any] = field(default_factory=lambda: {"strategy": "single"})
+    loss_scaling: bool = False
 
 
 @contextmanager
@@ -124,6 +127,9 @@ class RunTrainer(Trainer):
         self._distributed = around.distributed
         if self.is_fsdp_enabled:
             sharding.add_in_fp32(self.accelerator.state.fsdp_plugin)
+        # Here, before the optimizer is prepared: it takes its steps through the scaler.
+        self.scaler = LossScaler(self.args.device.type) if around.loss_scaling else None
+        self.accelerator.scaler = self.scaler
         self.remove_callback(PrinterCallback)
         progress = around.progress or {}
         self.clock = Clock(progress.get("train_seconds", 0.0))
@@ -287,10 +293,13 @@ class RunTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Stop before the optimizer takes a non-finite step: the weights stay as they were."""
+        if self.scaler is not None and not self.accelerator.native_amp:
+            # accelerate (1.15, `unscale_gradients`) does so under autocast only.
+            wrapped: Any = self.optimizer
+            self.scaler.unscale_(wrapped.optimizer)
         norm = super()._clip_grad_norm(model)
-        # Under fp16 a GradScaler skips a step with an infinite gradient by itself; there only the loss counts.
-        scaled = getattr(self.accelerator, "scaler", None) is not None
-        found = bool(torch.isfinite(self._tr_loss)), scaled or math.isfinite(float(norm))
+        # The scaler skips a step with an infinite gradient by itself; there only the loss counts.
+        found = bool(torch.isfinite(self._tr_loss)), self.scaler is not None or math.isfinite(float(norm))
         if not agreement(self)(not all(found)):
             return norm
         rows = [ids for batch in self._rows for ids in batch["input_ids"].tolist()]
@@ -350,6 +359,8 @@ class RunTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.count()
+        if self.scaler is not None and "loss" in logs:
+            logs |= self.scaler.figures()
         super().log(logs, start_time)
         # The whole history goes into every checkpoint; metrics.jsonl has it already.
         del self.state.log_history[:-1]

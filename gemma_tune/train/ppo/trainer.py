@@ -36,6 +36,7 @@ from gemma_tune.models.roles import speak_as
 from gemma_tune.train import checkpoint
 from gemma_tune.train.callbacks import Clock, counters_of
 from gemma_tune.train.evaluate import Answer, Prompt, eval_mode
+from gemma_tune.train.loss_scaling import LossScaler
 from gemma_tune.train.ppo import state as saved_state
 from gemma_tune.train.ppo.advantages import gae, masked_mean, rewards_to_go, rloo, whiten
 from gemma_tune.train.ppo.config import PpoConfig
@@ -109,7 +110,7 @@ class PpoTrainer:
         self.last_evaluation: PpoFigures | None = None
         self.evaluated_at = -1
         self._prepare_model()
-        self._make_optimizer()
+        self._make_optimizer(scaled=around.loss_scaling)
         self.state = TrainerState(
             is_local_process_zero=self.accelerator.is_local_main_process,
             is_world_process_zero=self.is_world_process_zero(),
@@ -144,15 +145,15 @@ class PpoTrainer:
             self.model.train()  # layers are recomputed in training mode only
         base_of(self.model).config.use_cache = True
 
-    def _make_optimizer(self) -> None:
+    def _make_optimizer(self, *, scaled: bool) -> None:
         kind, keywords = Trainer.get_optimizer_cls_and_kwargs(self.args)
         groups = [{"params": self.actors.policy_parameters(), "lr": self.args.learning_rate}]
         if critic := self.actors.critic_parameters():
             groups.append({"params": critic, "lr": self.args.critic_learning_rate})
         self.optimizer = kind(groups, **{**keywords, "weight_decay": self.args.weight_decay})
         self.lr_scheduler = _schedule(self.optimizer, self.args, self.total_steps())
-        # Small gradients underflow fp16. No autocast: the base has its type, and PEFT casts around the fp32 adapters.
-        self.scaler = torch.amp.GradScaler(self.args.device.type, enabled=self.args.fp16)
+        # No autocast: the base has its type, and PEFT casts around the fp32 adapters.
+        self.scaler = LossScaler(self.args.device.type, enabled=scaled)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -291,6 +292,7 @@ class PpoTrainer:
             "policy/approxkl_last": last_kl,  # the minibatch that was refused, where one was
             "policy/stopped_by_kl": stopped_by_kl,
             "optimizer_steps": steps,
+            **(self.scaler.figures() if self.scaler.is_enabled() else {}),
         }
 
     def _learn_pass(
@@ -339,7 +341,7 @@ class PpoTrainer:
                 norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
                 norms[f"{role}/grad_norm"] = float(norm)
         losses = {name: means[name] for name in ("loss/policy_avg", "loss/value_avg") if name in means}
-        # Under fp16 the scaler skips a step with an infinite gradient by itself; there only the loss counts.
+        # In fp16 the scaler skips a step with an infinite gradient by itself; there only the loss counts.
         watched = losses if self.scaler.is_enabled() else losses | norms
         if odd := [name for name, value in watched.items() if not math.isfinite(value)]:
             self._report_non_finite(odd[0], rollout)

@@ -111,4 +111,5 @@ def test_facts_that_cost_people_days() -> None:
         "gemma4",
         "gemma4_unified",
     ]
-    assert {name for name in FAMILIES if FAMILIES[name].fp16_safe} == {"gemma1"}
+    assert {name for name in FAMILIES if FAMILIES[name].fp16 == "plain"} == {"gemma1"}
+    assert {name for name in FAMILIES if FAMILIES[name].fp16 == "rescaled"} == {"gemma2", "gemma3", "gemma3_text"}

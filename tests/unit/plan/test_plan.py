@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_tune.errors import AccessError, UserError
-from gemma_tune.gemma.families import FAMILIES
+from gemma_tune.gemma.families import FAMILIES, RESIDUAL_EXPONENT
 from gemma_tune.gemma.sizes import PUBLISHED
 from gemma_tune.plan.choices_batch import BUDGET, MOST_TOKENS, accumulation_steps, most_processes
 from gemma_tune.plan.fit import require_fit
@@ -25,7 +25,10 @@ FULL = {"adapter": None, "model.quantization": "none"}
     [
         ("google/gemma-3-1b-it", "rtx4090", {}, "bfloat16", None),
         ("google/gemma-2-2b", "a100", {}, "bfloat16", None),
-        ("google/gemma-3-1b-it", "t4", {}, "float32", None),  # overflows fp16
+        ("google/gemma-3-1b-it", "t4", {}, "float16", None),  # rescaled: no autocast
+        ("google/gemma-2-2b", "t4", {}, "float16", None),
+        ("google/gemma-3-1b-it", "t4", {"model.precision": "fp32"}, "float32", None),
+        ("google/gemma-3n-E2B", "t4", {}, "float32", None),  # overflows fp16
         ("google/gemma-4-E2B", "t4", {}, "float32", None),
         ("google/gemma-2b", "t4", {}, "float16", "fp16"),  # does not, and needs loss scaling
         ("google/gemma-2b", "t4", {"model.precision": "fp32"}, "float32", None),
@@ -36,7 +39,7 @@ FULL = {"adapter": None, "model.quantization": "none"}
         ("google/gemma-3-270m", "rtx4090", FULL, "float32", "bf16"),
         ("google/gemma-3-270m", BF16_CPU, FULL, "float32", "bf16"),
         ("google/gemma-3-270m", "cpu", FULL, "float32", None),
-        ("google/gemma-3-270m", "t4", FULL, "float32", None),
+        ("google/gemma-3-270m", "t4", FULL, "float32", "fp16"),
         ("google/gemma-2b", "rtx4090", {"model.precision": "fp16"}, "float16", "fp16"),
     ],
 )
@@ -55,8 +58,36 @@ def test_never_fp16_where_it_overflows():
     for name, shape in PUBLISHED.items():
         for machine in MACHINES:
             plan = plan_for({"model.name": name, "batch.size": 64}, machine)
-            if plan.values("model")["dtype"] == "float16":
-                assert FAMILIES[shape.family].fp16_safe
+            model, fp16 = plan.values("model"), FAMILIES[shape.family].fp16
+            if model["dtype"] == "float16":
+                assert fp16 == ("rescaled" if "residual_exponent" in model else "plain")
+            assert plan.session["loss_scaling"].value == (model["dtype"] == "float16")
+            if MACHINES[machine].device == "cuda" and not MACHINES[machine].bf16:
+                assert model["dtype"] == ("float32" if fp16 == "never" else "float16")
+
+
+@pytest.mark.parametrize("changes", [{}, FULL, {"stage": "ppo", "ppo.reward": "./mine.py:score"}])
+@pytest.mark.parametrize("name", ["google/gemma-2-2b", "google/gemma-3-1b-it", "google/gemma-3-4b-it"])
+def test_fp16_rescaled_is_what_auto_takes_without_bf16(name, changes):
+    changes = changes | {"model.name": name}
+    by_name = plan_for(changes | {"model.precision": "fp16_rescaled"}, "t4")
+    taken = plan_for(changes, "t4")
+    for section in ("model", "quantization", "trainer", "session"):
+        assert taken.values(section) == by_name.values(section)
+    assert taken.values("model")["residual_exponent"] == RESIDUAL_EXPONENT
+    assert "residual_exponent" not in plan_for(changes, "a100").model
+
+
+def test_fp16_rescaled_on_a_cpu_is_for_proofs():
+    plan = plan_for({"model.precision": "fp16_rescaled"}, "cpu")
+    assert plan.values("model")["residual_exponent"] == RESIDUAL_EXPONENT
+    assert any("a hundred times slower" in note for note in plan.notes)
+
+
+def test_packing_stays_on_without_flash_attention():
+    for name, attention in (("google/gemma-2-2b", "eager"), ("google/gemma-3-1b-it", "sdpa")):
+        plan = plan_for({"model.name": name, "data.packing": True}, "t4")
+        assert plan.values("data")["packing"] and plan.values("model")["attn_implementation"] == attention
 
 
 @pytest.mark.parametrize(
@@ -242,7 +273,8 @@ def test_the_licence_note():
         ({"optim.max_steps": 10, "optim.epochs": 3}, "rtx4090", "max_steps 10 ends the run"),
         ({"model.quantization": "int8"}, "rtx4090", "LLM.int8()"),
         ({"model.name": "google/gemma-3-4b-it"}, "rtx4090", "text_only: true saves up to 0.8 GiB"),
-        ({}, "t4", "overflows fp16"),
+        ({}, "t4", "never ran on t4"),
+        ({"model.name": "google/gemma-4-E2B"}, "t4", "overflows fp16"),
         ({"model.precision": "bf16"}, "cpu", "emulates bf16"),
         ({"adapter.dora": True}, "rtx4090", "DoRA with dropout"),
         ({"advanced.trainer": {"neftune_noise_alpha": 5}}, "rtx4090", "neftune_noise_alpha"),
@@ -261,6 +293,7 @@ def test_a_run_that_fits_is_not_refused():
 
 def test_a_run_that_does_not_fit_names_settings_that_would():
     changes = {"model.name": "google/gemma-3-12b-it", "data.max_length": 2048, "batch.size": 64}
+    changes["model.precision"] = "fp32"
     plan = plan_for(changes, "t4")
     with pytest.raises(AccessError, match=r"needs 15\.\d GiB and t4 has 15\.0 GiB") as caught:
         require_fit(plan)

@@ -16,6 +16,12 @@ from tests.unit.plan.recipes import plan_for
         ({"model.name": "google/gemma-4-E4B", "model.attention": "flash_attention_2"}, "model.attention", "of 512"),
         ({"model.precision": "fp16"}, "model.precision", "overflows fp16"),
         ({"model.name": "google/gemma-4-31B", "model.precision": "fp16"}, "model.precision", "overflows fp16"),
+        (
+            {"model.name": "google/gemma-2b", "model.precision": "fp16_rescaled"},
+            "model.precision",
+            "cannot be rescaled",
+        ),
+        ({"model.name": "google/gemma-3n-E2B", "model.precision": "fp16_rescaled"}, "model.precision", "be rescaled"),
         ({"model.attention": "flash_attention_2", "model.precision": "fp32"}, "model.attention", "16 bits"),
         ({"model.name": "google/gemma-2b", "data.max_length": 8193}, "data.max_length", "8,192 positions"),
         ({"adapter.dropout": 1}, "adapter.dropout", "drops all"),
@@ -44,6 +50,11 @@ def test_the_recipe_is_refused(changes, where, what):
         ({"model.attention": "flash_attention_2"}, "cpu", "model.attention"),
         ({"model.precision": "bf16"}, "t4", "model.precision"),
         ({"model.name": "google/gemma-2b", "model.precision": "fp16"}, "cpu", "model.precision"),
+        (
+            {"adapter": None, "model.quantization": "none", "model.precision": "fp16_rescaled"},
+            "cpu",
+            "model.precision",
+        ),
         ({"model.quantization": "int8", "adapter.dora": True}, "cpu", "adapter.dora"),
     ],
 )

@@ -201,8 +201,10 @@ def test_what_cannot_be(changes, launch, said, fix):
 
 
 def test_a_t4_is_told_that_fp16_is_not_sharded():
-    with pytest.raises(UserError, match="fp16 cannot be sharded"):
-        plan_for(FSDP2 | {"model.name": "google/gemma-7b"}, named_machine("8xt4"))
+    for name in ("google/gemma-7b", "google/gemma-3-12b-it"):
+        with pytest.raises(UserError, match="fp16 cannot be sharded") as caught:
+            plan_for(FSDP2 | {"model.name": name}, named_machine("8xt4"))
+        assert "set model.precision: fp32" in caught.value.problems[0].fix
 
 
 def test_offload_needs_a_gpu():
