@@ -7,7 +7,7 @@ TESTENV := OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
 LLAMA := .llama
 TPU := .venv-tpu
 
-.PHONY: quickstart rlhf-demo test test-fast test-exhaustive test-gpu verify-gguf setup-tpu test-tpu lint format setup clean help
+.PHONY: quickstart rlhf-demo test test-fast test-exhaustive test-gpu verify-gguf setup-tpu test-tpu lint notebooks format setup clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ lint: $(VENV)/.ready  ## style, types and the floors of the house
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+notebooks: $(VENV)/.ready  ## recipes/notebooks/*.ipynb from their sources
+	$(BIN)/python scripts/notebooks.py
 
 format: $(VENV)/.ready  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
