@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gemma_tune.train.provenance import peak_memory
 from gemma_tune.train.session import RunFolder
 from gemma_tune.train.signals import Signals
 
@@ -119,7 +120,10 @@ class Rhythm(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Every log event as one line of metrics.jsonl."""
+    """Every log event as one line of metrics.jsonl, with the counters and the peak memory of this process so far.
+
+    `peak_rss`, and `peak_cuda` on a GPU, are bytes; a process that resumes a run begins again.
+    """
 
     def __init__(self, folder: RunFolder, counters: Callable[[], Mapping[str, Any]]) -> None:
         self._folder = folder
@@ -134,7 +138,8 @@ class MetricsFile(TrainerCallback):
         **_: Any,
     ) -> None:
         if state.is_world_process_zero and logs and (line := metrics_line(logs)):
-            self._folder.append("metrics.jsonl", [{"step": state.global_step, **line, **self._counters()}])
+            memory = {f"peak_{name}": size for name, size in peak_memory().items()}
+            self._folder.append("metrics.jsonl", [{"step": state.global_step, **line, **self._counters(), **memory}])
 
 
 _RENAMED = {"mean_token_accuracy": "token_accuracy"}

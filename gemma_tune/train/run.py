@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
 from gemma_tune.data.build import Prepared
+from gemma_tune.data.preview import preview
 from gemma_tune.errors import Aborted, Stopped, TrainingError, UserError
 from gemma_tune.gemma.families import FAMILIES, Family
 from gemma_tune.models.load import check_vocabulary, load_base
@@ -290,10 +291,21 @@ def describe(plan: Plan, materials: Materials, identity: Mapping[str, Any]) -> d
             "revision": family.template_revision,
             "sha256": family.template_sha256,
         },
-        "data": {"fingerprint": materials.data.fingerprint, "report": materials.data.report.to_json()},
+        "data": materials.data.about() | {"preview": preview_of(plan.stage, materials)},
         "seed": plan.values("session")["seed"],
         "identity": dict(identity),
     }
+
+
+def preview_of(stage: str, materials: Materials) -> list[dict[str, Any]]:
+    """A few rows with their loss mask, for the report; none that would have to be masked as a secret."""
+    return preview(
+        stage,
+        materials.data,
+        frozenset(materials.family.tokens.values()),
+        lambda ids: str(materials.tokenizer.decode(ids, skip_special_tokens=False)),
+        lambda text: provenance.redact(text) == text,
+    )
 
 
 class Run:
@@ -358,6 +370,7 @@ class Run:
             held_out=rows,
             progress=self.resumed.progress if self.resumed else None,
             distributed=self.session["distributed"],
+            loss_scaling=self.session["loss_scaling"],
         )
         with unchecked_keywords(self.plan):
             trainer = self.trainer = self.stage.trainer(self, around)

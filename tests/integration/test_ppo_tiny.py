@@ -73,7 +73,7 @@ def outcome(run: Path) -> tuple[Any, ...]:
     """Everything that must not depend on interruptions."""
     results = document(run / "run.json")["results"]
     timeless = [
-        {key: value for key, value in row.items() if not key.startswith("time") and "second" not in key}
+        {key: value for key, value in row.items() if not key.startswith(("time", "peak")) and "second" not in key}
         for row in lines(run / "metrics.jsonl")
         if "objective/scores" in row
     ]

@@ -70,7 +70,7 @@ def test_two_processes_make_a_step_of_ppo_as_one_does(tiny: Callable[..., Path],
     one, two = tmp_path / "one", tmp_path / "run"
     steps = [[row for row in lines(run / "metrics.jsonl") if "objective/scores" in row] for run in (one, two)]
     assert len(steps[0]) == len(steps[1]) == 4
-    timed = ("time/", "rollout/tokens", "update/tokens", "train_seconds", "tokens_per_second")
+    timed = ("time/", "rollout/tokens", "update/tokens", "train_seconds", "tokens_per_second", "peak_")
     for first, second in zip(*steps, strict=True):
         assert first.keys() == second.keys()
         for key in first:

@@ -1,0 +1,119 @@
+"""Curves of metrics.jsonl: (step, value) pairs, and few enough of them to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_tune.report.words import is_number
+
+DRAWN = 240
+"""Buckets of a curve that has more points: a chart is a few hundred pixels wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A part of a curve: its last step, the mean of its values, and the smallest and largest of them."""
+
+    step: float
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One curve.
+
+    Attributes:
+        name: what its label says.
+        points: in the order of steps; at most `DRAWN`.
+        first, last: (step, value) of its ends, exactly.
+        lowest, highest: (step, value).
+        count: values that it was made of.
+        missing: steps without a finite value, the first few.
+        missing_count: how many.
+        role: `train`, `held_out`, `plain` or `second`: decides its colour.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    first: tuple[float, float]
+    last: tuple[float, float]
+    lowest: tuple[float, float]
+    highest: tuple[float, float]
+    count: int
+    missing: tuple[int, ...] = ()
+    missing_count: int = 0
+    role: str = "plain"
+
+    @property
+    def gathered(self) -> bool:
+        """Whether a point stands for several steps."""
+        return self.count > len(self.points)
+
+
+def values_of(rows: Iterable[Mapping[str, Any]], key: str, scale: float = 1.0) -> list[tuple[int, float | None]]:
+    """(step, value) of the lines that have `key`; None where it was not finite (JSON null, or Python's NaN)."""
+    found: list[tuple[int, float | None]] = []
+    for row in rows:
+        if key in row and is_number(row.get("step")):
+            value = row[key]
+            found.append((int(row["step"]), value * scale if is_number(value) else None))
+    return found
+
+
+def speeds(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, float | None]]:
+    """Tokens a second between one line and the next: the counters of a run are sums from its beginning."""
+    found: list[tuple[int, float | None]] = []
+    tokens, seconds = 0.0, 0.0
+    for row in rows:
+        now = row.get("tokens_seen"), row.get("train_seconds"), row.get("step")
+        if not all(map(is_number, now)):
+            continue
+        if now[1] > seconds and now[0] > tokens:
+            found.append((int(now[2]), (now[0] - tokens) / (now[1] - seconds)))
+        tokens, seconds = max(tokens, now[0]), max(seconds, now[1])
+    return found
+
+
+def make_series(name: str, values: Sequence[tuple[int, float | None]], role: str = "plain") -> Series | None:
+    """A curve of `values`, gathered into at most `DRAWN` buckets; None where no value is finite."""
+    good = [(step, value) for step, value in values if value is not None]
+    if not good:
+        return None
+    missing = [step for step, value in values if value is None]
+    width = -(-len(good) // DRAWN)
+    points = []
+    for place in range(0, len(good), width):
+        part = good[place : place + width]
+        numbers = [value for _, value in part]
+        points.append(Point(part[-1][0], sum(numbers) / len(numbers), min(numbers), max(numbers)))
+    return Series(
+        name=name,
+        points=tuple(points),
+        first=good[0],
+        last=good[-1],
+        lowest=min(good, key=lambda pair: pair[1]),
+        highest=max(good, key=lambda pair: pair[1]),
+        count=len(good),
+        missing=tuple(missing[:5]),
+        missing_count=len(missing),
+        role=role,
+    )
+
+
+def trend(points: Sequence[Point]) -> list[float] | None:
+    """Moving mean over a twentieth of the curve to either side; None where there are too few points to smooth."""
+    if len(points) < 30:
+        return None
+    reach = max(2, len(points) // 20)
+    sums = [0.0]
+    for point in points:
+        sums.append(sums[-1] + point.mean)
+    smooth = []
+    for place in range(len(points)):
+        begin, end = max(0, place - reach), min(len(points), place + reach + 1)
+        smooth.append((sums[end] - sums[begin]) / (end - begin))
+    return smooth
