@@ -164,7 +164,7 @@ def todays_trl(tiny: Tiny, rows: Any) -> Any:
         args=config,
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(folder),
-        formatting_func=notebook_format,
+        formatting_func=notebook_format,  # type: ignore[arg-type]  # a list, as TRL 0.7 wanted it
     )
     return trainer.train_dataset
 
