@@ -46,10 +46,10 @@ def rescale_residual(model: PreTrainedModel, family: Family, exponent: int) -> N
         raise GemmaTuneError(f"the residual stream of {family.label} cannot be rescaled: this is a bug")
     scale = 2.0**exponent
     decoder: Any = model.get_submodule(family.adapter_prefix.rpartition(".")[0])
-    norms = dict(_norms(decoder))
     embeddings = decoder.embed_tokens
     if hasattr(embeddings, "_gemma_tune_scale"):
         raise GemmaTuneError("the residual stream is rescaled already: this is a bug")
+    norms = dict(_norms(decoder))
     embeddings._gemma_tune_scale = scale
     embeddings.register_forward_hook(lambda _, inputs, output: output * scale)
     for name, norm in norms.items():

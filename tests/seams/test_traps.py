@@ -241,3 +241,34 @@ def test_the_head_is_not_copied_for_each_prompt_of_a_batch(tiny: Callable[..., P
     assert "aten::bmm" not in products_of_the_head(ours, rows=3)
     hidden = torch.randn(3, 7, ours.config.hidden_size)
     torch.testing.assert_close(ours.lm_head(hidden[:, -1:]), stock.lm_head(hidden[:, -1:]))
+
+
+# --- Eager attention in fp16: mask and score add up to minus infinity, and a padded row to NaN
+
+
+def shunning(model: Any) -> Any:
+    """`model` with queries that point away from the keys of their own token: rows of the same token score low."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        heads = attention.k_proj.weight.data.unflatten(0, (-1, attention.head_dim))
+        wanted = attention.q_proj.weight.shape[0] // attention.head_dim // heads.shape[0]
+        attention.q_proj.weight.data = -8 * heads.repeat_interleave(wanted, 0).flatten(0, 1)
+    return model
+
+
+def test_left_padding_does_not_become_nan_in_fp16(tiny: Callable[..., Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, family = tiny("gemma2"), FAMILIES["gemma2"]
+    given = {"input_ids": torch.full((1, 6), 500), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.as_tensor(shunning(model)(**given).logits[0, 2:]).float()
+
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, attn_implementation="eager")
+    assert logits(stock).isnan().all(), "mended in transformers: drop the remedy"
+    for dtype in ("float16", "float32"):
+        found = logits(load_base({"name": str(folder), "dtype": dtype}, {}, family))
+        exact = logits(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float())
+        torch.testing.assert_close(found, exact, rtol=0.02, atol=0.05 if dtype == "float16" else 0)
