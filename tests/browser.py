@@ -1,6 +1,6 @@
 """A headless Chromium, driven through its DevTools protocol; aiohttp, which `datasets` brings, speaks to it.
 
-    GEMMA_TUNE_TEST_BROWSER   the program (default: chromium, chromium-browser or google-chrome on the path)
+GEMMA_TUNE_TEST_BROWSER   the program (default: chromium, chromium-browser or google-chrome on the path)
 """
 
 from __future__ import annotations

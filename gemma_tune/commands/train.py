@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gemma_tune import console
 from gemma_tune.commands.figures import figures
+from gemma_tune.commands.report import reported
 from gemma_tune.errors import UserError
 from gemma_tune.launch.parent import follow_launcher
 from gemma_tune.launch.world import check_world
@@ -80,9 +81,11 @@ def run(stage: str, recipe: str, overrides: list[str], resume: Resume = "never",
 
         stage_of(plan)  # imports the module of its trainer
 
-    results = run_plan(plan, text, resume=resume, console=console.stdout())
-    if first:
-        report(stage, results, Path(read.output))
+    folder = Path(read.output)
+    with reported(folder) if first else nullcontext():
+        results = run_plan(plan, text, resume=resume, console=console.stdout())
+        if first:
+            report(stage, results, folder)
     return 0
 
 
@@ -168,17 +171,18 @@ def print_answers(answers: list[Mapping[str, Any]]) -> None:
     """A table on a terminal; one line a text where the reader is a file or a pipe."""
     if not answers:
         return
+    names = [name for name in ("base", "tuned") if any(name in row for row in answers)]
     if not console.stdout().is_terminal:
         for row in answers:
             console.out(f"prompt: {shown(row['prompt'])}")
-            for name in ("base", "tuned"):
+            for name in names:
                 console.out(f"  {name}: {shown(spoken(row.get(name)))}")
         return
     from rich.table import Table
 
-    table = Table("prompt", "base", "tuned", show_lines=True)
+    table = Table("prompt", *names, show_lines=True)
     for row in answers:
-        table.add_row(*(shown(text) for text in (row["prompt"], spoken(row.get("base")), spoken(row.get("tuned")))))
+        table.add_row(*(shown(text) for text in (row["prompt"], *(spoken(row.get(name)) for name in names))))
     console.out(table)
 
 

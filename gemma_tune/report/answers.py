@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.report.words import cut, figure, is_number
+
+_BREAKS = re.compile(r"\n\s*\n\s*\n\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,15 @@ def _spread(steps: Sequence[int], count: int) -> set[int]:
     return {steps[round(number * (len(steps) - 1) / (count - 1))] for number in range(count)}
 
 
+def squeezed(text: str) -> str:
+    """`text` with each run of more than two line breaks as a number of them: an untrained model writes many."""
+    return _BREAKS.sub(lambda found: f"\n[{found[0].count(chr(10))} line breaks]\n", text).strip("\n")
+
+
 def _said(row: Mapping[str, Any], step: int, last: Any, characters: int) -> Said:
     when = "before" if step == 0 else "after" if step == last else f"step {step:,}"
     ended = bool(row.get("ended"))
     about = f"{row['tokens']:,} tokens" if is_number(row.get("tokens")) else ""
     if is_number(row.get("score")):
         about += f", score {figure(row['score'], 3)}"
-    return Said(when, cut(row.get("answer") or "", characters), ended, about)
+    return Said(when, cut(squeezed(row.get("answer") or ""), characters), ended, about)

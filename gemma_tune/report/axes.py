@@ -61,9 +61,9 @@ def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
 
 
 def nice_step(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, not below `rough`."""
+    """1, 2, 2.5 or 5 times a power of ten, not below `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
-    for factor in (1.0, 2.0, 5.0, 10.0):
+    for factor in (1.0, 2.0, 2.5, 5.0, 10.0):
         if factor * power >= rough * (1 - 1e-9):
             return factor * power
     return 10.0 * power
@@ -75,7 +75,7 @@ def labels(places: Sequence[float]) -> list[str]:
     step = abs(places[1] - places[0]) if len(places) > 1 else largest or 1.0
     if largest and (largest < 1e-3 or largest >= 1e6):
         return [label(place if abs(place) > step * 1e-6 else 0.0) for place in places]
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    decimals = next(number for number in range(20) if abs(step * 10**number - round(step * 10**number)) < 1e-6)
     return [minus(f"{place if abs(place) > step * 1e-6 else 0.0:,.{decimals}f}") for place in places]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -35,6 +34,11 @@ def shown(sheet: Sheet, value: float) -> str:
     return share(value, 1) if sheet.share else figure(value, 4)
 
 
+def named(chart: Chart, one: Series) -> bool:
+    """Whether a read-out must name the curve: the title does, where there is only one that is of the whole run."""
+    return len(chart.series) > 1 or one.role != "plain"
+
+
 def summary(chart: Chart) -> str:
     """The chart in words, for those who cannot see it."""
     parts = []
@@ -56,6 +60,7 @@ def data(chart: Chart) -> str:
     series = [
         {
             "name": one.name,
+            "named": named(chart, one),
             "role": one.role,
             "steps": [int(point.step) for point in one.points],
             "texts": [shown(chart.sheet, point.mean) for point in one.points],
@@ -76,9 +81,9 @@ def svg(chart: Chart, width: int, height: int) -> Markup:
     parts += _marks(chart, y, left, right)
     parts += _events(chart, x, height)
     for one in chart.series:
-        parts += _curve(one, x, y)
+        parts += _curve(one, x, y, spiky=chart.sheet.spiky)
     if names:
-        parts += _names(chart.series, y, right, height)
+        parts += _names(chart, y, right, height)
     limits = f'data-left="{left:.1f}" data-right="{right:.1f}" data-first="{x.low:g}" data-last="{x.high:g}"'
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(summary(chart))}" '
@@ -99,7 +104,7 @@ def _value_scale(chart: Chart, height: int) -> axes.Scale:
         scale = axes.linear(100 * low, min(100.0, 100 * high) if high <= 1 else 100 * high, bottom, top)
         ticks = tuple((value / 100, f"{text} %") for value, text in scale.ticks)
         return axes.Scale(scale.low / 100, scale.high / 100, bottom, top, False, ticks)
-    return axes.linear(low, high, bottom, top)
+    return axes.linear(low, high, bottom, top, wanted=5 if height > NARROW[1] else 4)
 
 
 def _step_scale(chart: Chart, left: float, right: float, width: int) -> axes.Scale:
@@ -148,7 +153,8 @@ def _events(chart: Chart, x: axes.Scale, height: int) -> Iterable[str]:
     for step in chart.resumed:
         if x.low < step < x.high:
             place = x.place(step)
-            yield f'<path class="resumed" d="M{place:.1f} {_TOP}V{base}"><title>resumed after step {step:,}</title></path>'
+            title = f"<title>resumed after step {step:,}</title>"
+            yield f'<path class="resumed" d="M{place:.1f} {_TOP}V{base}">{title}</path>'
     for step in sorted({step for one in chart.series for step in one.missing}):
         place = x.place(step)
         yield (
@@ -157,11 +163,11 @@ def _events(chart: Chart, x: axes.Scale, height: int) -> Iterable[str]:
         )
 
 
-def _curve(one: Series, x: axes.Scale, y: axes.Scale) -> Iterable[str]:
+def _curve(one: Series, x: axes.Scale, y: axes.Scale, *, spiky: bool) -> Iterable[str]:
     places = [x.place(point.step) for point in one.points]
     if one.gathered:
         yield f'<path class="band {one.role}" d="{_band(one.points, places, y)}"/>'
-    smooth = trend(one.points) if one.role == "train" else None
+    smooth = _smooth(one, spiky)
     heights = [y.place(point.mean) for point in one.points]
     line = _line(places, heights)
     if smooth is None:
@@ -186,19 +192,18 @@ def _band(points: Sequence[Point], places: Sequence[float], y: axes.Scale) -> st
     return _line(places, top) + "L" + _line(places[::-1], bottom[::-1])[1:] + "Z"
 
 
-def _names(series: Sequence[Series], y: axes.Scale, right: float, height: int) -> Iterable[str]:
+def _smooth(one: Series, spiky: bool) -> list[float] | None:
+    """What is measured at each step is noisy; held-out figures are not smoothed, they are few and exact."""
+    return trend(one.points, spiky=spiky) if one.role == "train" else None
+
+
+def _names(chart: Chart, y: axes.Scale, right: float, height: int) -> Iterable[str]:
     """The name of each curve at its end; names that would lie on one another move apart."""
-    ends = sorted(
-        ([y.place((trend(one.points) or [one.points[-1].mean])[-1] if one.role == "train" else one.points[-1].mean), one]
-        for one in series),
-        key=lambda pair: pair[0],
-    )  # fmt: skip
-    placed: list[list[Any]] = [list(end) for end in ends]
-    for before, after in zip(placed, placed[1:], strict=False):
-        after[0] = max(after[0], before[0] + 14)
-    spare = placed[-1][0] - (height - _BOTTOM - 2)
-    if spare > 0:
-        for end in placed:
-            end[0] -= spare
-    for place, one in placed:
-        yield f'<text class="name {one.role}" x="{right + 7:.1f}" y="{place + 4:.1f}">{escape(one.name)}</text>'
+    ends = {one.name: (_smooth(one, chart.sheet.spiky) or [one.points[-1].mean])[-1] for one in chart.series}
+    order = sorted(chart.series, key=lambda one: y.place(ends[one.name]))
+    places = [y.place(ends[one.name]) for one in order]
+    for number in range(1, len(places)):
+        places[number] = max(places[number], places[number - 1] + 14)
+    spare = max(0.0, places[-1] - (height - _BOTTOM - 2))
+    for place, one in zip(places, order, strict=True):
+        yield f'<text class="name {one.role}" x="{right + 7:.1f}" y="{place - spare + 4:.1f}">{escape(one.name)}</text>'

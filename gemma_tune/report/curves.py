@@ -213,9 +213,7 @@ def make_charts(
 
 
 def _chart(sheet: Sheet, metrics: Sequence[Mapping[str, Any]], resumed: Sequence[int]) -> Chart | None:
-    found = (
-        make_series(curve.name, values_of(metrics, curve.key, curve.scale), curve.role) for curve in sheet.curves
-    )
+    found = (make_series(curve.name, values_of(metrics, curve.key, curve.scale), curve.role) for curve in sheet.curves)
     series = tuple(one for one in found if one is not None)
     return Chart(sheet, series, (), tuple(resumed)) if series else None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.report.read import RunFiles
+from gemma_tune.report.read import RunFiles, mapping
 from gemma_tune.report.words import change, count, cut, figure, is_number, share, signed, when
 
 SHOWN = 200
@@ -86,7 +86,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
 
 def about(found: Mapping[str, Any]) -> str:
     """When and of what evaluation.json was made."""
-    subject = found.get("subject") if isinstance(found.get("subject"), Mapping) else {}
+    subject = mapping(found.get("subject"))
     parts = [f"gemma-tune eval of {subject.get('target')}" if subject.get("target") else "gemma-tune eval"]
     if found.get("created"):
         parts.append(when(found["created"]))
@@ -124,8 +124,7 @@ def _held_out(found: Any) -> Table | None:
     if not isinstance(found, Mapping):
         return None
     sizes = ", ".join(f"{count(found[key])} {key}" for key in ("rows", "tokens") if is_number(found.get(key)))
-    base, tuned = (found.get(name) if isinstance(found.get(name), Mapping) else {} for name in ("base", "tuned"))
-    return _before_after("Held-out rows", base, tuned, sizes)
+    return _before_after("Held-out rows", mapping(found.get("base")), mapping(found.get("tuned")), sizes)
 
 
 def _reward(found: Any) -> Table | None:
@@ -178,7 +177,7 @@ def _lists(title: str, found: Mapping[str, Any]) -> Iterator[Table]:
         if not isinstance(items, Sequence) or isinstance(items, str):
             continue
         lines = [item for item in items if isinstance(item, Mapping)]
-        keys = [key for key in dict.fromkeys(key for line in lines for key in line)][:8]
+        keys = list(dict.fromkeys(key for line in lines for key in line))[:8]
         if keys:
             rows = tuple(tuple(_leaf(line.get(key)) for key in keys) for line in lines[:SHOWN])
             yield Table(f"{title}, {name.replace('_', ' ')}", tuple(key.replace("_", " ") for key in keys), rows)

@@ -122,7 +122,7 @@ def _segments(files: RunFiles) -> list[Mapping[str, Any]]:
 def cost(files: RunFiles) -> list[tuple[str, str]]:
     """What it took: (name, value)."""
     results = files.record.get("results") or {}
-    last = next((row for row in reversed(files.metrics) if is_number(row.get("tokens_seen"))), {})
+    last: Results = next((row for row in reversed(files.metrics) if is_number(row.get("tokens_seen"))), {})
     known = {**last, **{key: item for key, item in results.items() if item is not None}}
     peak = results.get("peak_memory") or {
         name.removeprefix("peak_"): item for name, item in last.items() if name.startswith("peak_")
@@ -198,7 +198,9 @@ def _reward(base: Results, tuned: Results, results: Results) -> list[Figure | No
 
 def _dpo(base: Results, tuned: Results, results: Results) -> list[Figure | None]:
     pairs = f"of {count(tuned['pairs'])} held-out pairs" if tuned.get("pairs") else "of held-out pairs"
-    won = Figure("Chosen preferred", "", share(tuned["accuracy"], 1), pairs) if is_number(tuned.get("accuracy")) else None
+    won = (
+        Figure("Chosen preferred", "", share(tuned["accuracy"], 1), pairs) if is_number(tuned.get("accuracy")) else None
+    )
     kl = tuned.get("kl")
     return [
         won,

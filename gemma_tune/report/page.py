@@ -79,9 +79,7 @@ def _content(files: RunFiles, limits: Limits) -> dict[str, Any]:
     stage = str(files.record.get("stage", ""))
     resumed = provenance.resumed(files)
     room = (files.plan.get("machine") or {}).get("memory_bytes")
-    charts = curves.make_charts(
-        stage, files.metrics, estimate=plan.estimated(files.plan), room=room, resumed=resumed
-    )
+    charts = curves.make_charts(stage, files.metrics, estimate=plan.estimated(files.plan), room=room, resumed=resumed)
     segments, segments_left_out = provenance.segments(files)
     groups = plan.groups(files.plan)
     found = {
@@ -178,7 +176,12 @@ def _chart(one: Chart) -> dict[str, Any]:
         "data": chart.data(one),
         "missing": "; ".join(missing),
         "last": [
-            {"name": series.name, "role": series.role, "text": chart.shown(sheet, series.last[1])}
+            {
+                "name": series.name,
+                "named": chart.named(one, series),
+                "role": series.role,
+                "text": chart.shown(sheet, series.last[1]),
+            }
             for series in one.series
         ],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from gemma_tune.plan.stages import CONFIGS
 from gemma_tune.report.read import RunFiles
 from gemma_tune.report.words import count, cut, is_number, share, size, value
 
+DRAWN = 4
+"""Terms of the estimate that have a part of the bar of their own."""
 VALUE, REASON = 400, 300
 """Characters of a value and of a reason that are shown."""
 
@@ -35,7 +37,7 @@ class Group:
     @property
     def counts(self) -> str:
         numbers = {name: sum(row.origin == name for row in self.rows) for name in ("recipe", "decided", "default")}
-        words = {"recipe": "from the recipe", "decided": "decided", "default": "defaults"}
+        words = {"recipe": "from the recipe", "decided": "decided", "default": "by default"}
         return ", ".join(f"{number} {words[name]}" for name, number in numbers.items() if number)
 
 
@@ -56,12 +58,14 @@ class Memory:
 
     Attributes:
         terms: largest first.
+        drawn: the largest, and the sum of the others.
         estimate, measured, room: as text; empty where unknown.
         measured_width, room_width: percent of the bar's width, where the lines stand; None where unknown.
         verdict: one sentence.
     """
 
     terms: tuple[Term, ...]
+    drawn: tuple[Term, ...]
     estimate: str
     measured: str
     room: str
@@ -93,7 +97,7 @@ def estimated(plan: Mapping[str, Any]) -> int | None:
     """Bytes of one process that the plan counts on."""
     terms = [term.get("bytes") for term in plan.get("memory") or () if isinstance(term, Mapping)]
     known = [number for number in terms if is_number(number)]
-    return sum(known) if known else None
+    return round(sum(known)) if known else None
 
 
 def peak(files: RunFiles) -> int | None:
@@ -117,18 +121,12 @@ def make_memory(files: RunFiles) -> Memory | None:
     # A device many times as large would squeeze the terms into a line: then its size is said, not drawn.
     drawn = room if room and room <= 2.5 * max(estimate, measured or 0) else None
     widest = max(estimate, measured or 0, drawn or 0)
-    terms = sorted((term for term in files.plan["memory"] if is_number(term.get("bytes"))), key=lambda one: -one["bytes"])
+    terms = sorted(
+        (term for term in files.plan["memory"] if is_number(term.get("bytes"))), key=lambda one: -one["bytes"]
+    )
     return Memory(
-        terms=tuple(
-            Term(
-                str(term.get("name")),
-                size(term["bytes"]),
-                cut(term.get("formula", ""), REASON),
-                100 * term["bytes"] / widest,
-                number % 4,
-            )
-            for number, term in enumerate(terms)
-        ),
+        terms=tuple(_term(term, widest) for term in terms),
+        drawn=tuple(_drawn(terms, widest)),
         estimate=size(estimate),
         measured=size(measured) if measured else "",
         room=size(room) if room else "",
@@ -136,6 +134,19 @@ def make_memory(files: RunFiles) -> Memory | None:
         room_width=100 * drawn / widest if drawn else None,
         verdict=_verdict(estimate, measured),
     )
+
+
+def _term(term: Mapping[str, Any], widest: float, shade: int = 0) -> Term:
+    width = 100 * term["bytes"] / widest
+    return Term(str(term.get("name")), size(term["bytes"]), cut(term.get("formula", ""), REASON), width, shade)
+
+
+def _drawn(terms: list[Mapping[str, Any]], widest: float) -> Iterator[Term]:
+    """The largest terms, each in its tone, and the others as one."""
+    for number, term in enumerate(terms[:DRAWN]):
+        yield _term(term, widest, number)
+    if rest := terms[DRAWN:]:
+        yield _term({"name": f"{len(rest)} others", "bytes": sum(term["bytes"] for term in rest)}, widest, DRAWN)
 
 
 def _verdict(estimate: int, measured: int | None) -> str:

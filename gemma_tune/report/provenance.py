@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.report.read import RunFiles
+from gemma_tune.report.read import RunFiles, mapping
 from gemma_tune.report.words import count, cut, duration, moment, size, when
 
 SEGMENTS = 50
@@ -27,8 +27,8 @@ class Segment:
 def facts(files: RunFiles) -> list[tuple[str, str]]:
     """(name, value), what a reader needs to make the run again."""
     record = files.record
-    model, template, git = (_mapping(record.get(name)) for name in ("model", "template", "git"))
-    machine = _mapping(record.get("machine"))
+    model, template, git = (mapping(record.get(name)) for name in ("model", "template", "git"))
+    machine = mapping(record.get("machine"))
     found = [
         ("Command", shlex.join(map(str, record.get("command") or ()))),
         ("Model", str(model.get("name") or "")),
@@ -36,7 +36,7 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
         ("Licence of the model", str(model.get("licence") or "")),
         ("Chat template", " ".join(str(template[key]) for key in ("file", "revision") if template.get(key))),
         ("Template sha256", str(template.get("sha256") or "")),
-        ("Data fingerprint", str(_mapping(record.get("data")).get("fingerprint") or "")),
+        ("Data fingerprint", str(mapping(record.get("data")).get("fingerprint") or "")),
         ("Seed", str(record.get("seed", ""))),
         ("Machine", _machine(machine)),
         ("Code", f"{git.get('commit')}{', with changes' if git.get('dirty') else ''}" if git.get("commit") else ""),
@@ -57,7 +57,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 def versions(files: RunFiles) -> list[tuple[str, str]]:
     """(package, version)."""
-    return [(str(name), str(version)) for name, version in _mapping(files.record.get("versions")).items()]
+    return [(str(name), str(version)) for name, version in mapping(files.record.get("versions")).items()]
 
 
 def segments(files: RunFiles) -> tuple[list[Segment], int]:
@@ -82,12 +82,8 @@ def resumed(files: RunFiles) -> list[int]:
 
 def weights(files: RunFiles) -> list[tuple[str, str, str]]:
     """(file, size, sha256) of the result."""
-    written = _mapping(_mapping(files.record.get("results")).get("weights"))
+    written = mapping(mapping(files.record.get("results")).get("weights"))
     return [
-        (f"{written.get('folder')}/{name}", size(_mapping(one).get("size")), str(_mapping(one).get("sha256") or ""))
-        for name, one in list(_mapping(written.get("files")).items())[:SEGMENTS]
+        (f"{written.get('folder')}/{name}", size(mapping(one).get("size")), str(mapping(one).get("sha256") or ""))
+        for name, one in list(mapping(written.get("files")).items())[:SEGMENTS]
     ]
-
-
-def _mapping(found: Any) -> Mapping[str, Any]:
-    return found if isinstance(found, Mapping) else {}

@@ -39,13 +39,19 @@ class RunFiles:
     gaps: tuple[str, ...]
 
 
+def mapping(found: Any) -> Mapping[str, Any]:
+    """`found` where it is a JSON object, else an empty one."""
+    return found if isinstance(found, Mapping) else {}
+
+
 def load_run_files(folder: Path) -> RunFiles:
     """Read the run in `folder`.
 
     Raises:
         UserError: there is no run.json, or it is none of ours.
     """
-    record = _document(folder / "run.json", gaps := [])
+    gaps: list[str] = []
+    record = _document(folder / "run.json", gaps)
     if not record:
         missing = not (folder / "run.json").is_file()
         raise UserError(

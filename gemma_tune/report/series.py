@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
 from typing import Any
 
 from gemma_tune.report.words import is_number
@@ -69,12 +70,12 @@ def speeds(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, float | None]]:
     found: list[tuple[int, float | None]] = []
     tokens, seconds = 0.0, 0.0
     for row in rows:
-        now = row.get("tokens_seen"), row.get("train_seconds"), row.get("step")
-        if not all(map(is_number, now)):
+        seen, spent, step = row.get("tokens_seen"), row.get("train_seconds"), row.get("step")
+        if not (is_number(seen) and is_number(spent) and is_number(step)):
             continue
-        if now[1] > seconds and now[0] > tokens:
-            found.append((int(now[2]), (now[0] - tokens) / (now[1] - seconds)))
-        tokens, seconds = max(tokens, now[0]), max(seconds, now[1])
+        if spent > seconds and seen > tokens:
+            found.append((int(step), (seen - tokens) / (spent - seconds)))
+        tokens, seconds = max(tokens, seen), max(seconds, spent)
     return found
 
 
@@ -104,16 +105,15 @@ def make_series(name: str, values: Sequence[tuple[int, float | None]], role: str
     )
 
 
-def trend(points: Sequence[Point]) -> list[float] | None:
-    """Moving mean over a twentieth of the curve to either side; None where there are too few points to smooth."""
+def trend(points: Sequence[Point], *, spiky: bool = False) -> list[float] | None:
+    """Moving mean over a twentieth of the curve to either side; None where there are too few points to smooth.
+
+    Args:
+        points: of a curve.
+        spiky: the median instead, which one step cannot move.
+    """
     if len(points) < 30:
         return None
-    reach = max(2, len(points) // 20)
-    sums = [0.0]
-    for point in points:
-        sums.append(sums[-1] + point.mean)
-    smooth = []
-    for place in range(len(points)):
-        begin, end = max(0, place - reach), min(len(points), place + reach + 1)
-        smooth.append((sums[end] - sums[begin]) / (end - begin))
-    return smooth
+    reach, middle = max(2, len(points) // 20), median if spiky else fmean
+    means = [point.mean for point in points]
+    return [middle(means[max(0, place - reach) : place + reach + 1]) for place in range(len(means))]

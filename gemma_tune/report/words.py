@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 NONE = "–"
 """Where there is no figure."""
@@ -14,7 +14,7 @@ GIB = 2**30
 MIB = 2**20
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is a finite number: JSON has null where a figure was none, and True is no figure."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

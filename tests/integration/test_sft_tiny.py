@@ -47,6 +47,7 @@ def test_the_run_folder_holds_what_the_documentation_says(done: Path) -> None:
         "metrics.jsonl",
         "plan.json",
         "recipe.yaml",
+        "report.html",
         "run.json",
         "samples.jsonl",
     }

@@ -10,7 +10,8 @@
   const set = (name) => {
     if (name === "auto") delete root.dataset.theme;
     else root.dataset.theme = name;
-    button.textContent = "Colours: " + name;
+    button.textContent = name;
+    button.setAttribute("aria-label", "Colours: " + name);
     try { localStorage.setItem("gemma-tune-theme", name); } catch { /* not allowed */ }
   };
   let theme = "auto";
@@ -39,7 +40,7 @@
         const value = document.createElement("b");
         value.className = one.role;
         value.textContent = one.texts[at];
-        read.append(" " + one.name + " ", value);
+        read.append(one.named ? one.name + " " : "", value, " ");
       });
       for (const svg of all("svg", figure)) {
         const { left, right, first, last } = svg.dataset;
