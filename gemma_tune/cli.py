@@ -277,6 +277,87 @@ def chat(
     return lambda: _command("chat").run(target, list(prompts or ()), max_new_tokens, system)
 
 
+@app.command("eval")
+def evaluate(
+    targets: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_OR_MODEL...", help="A run, adapter or model folder, a hub id, or a GGUF file."),
+    ],
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Two targets on the held-out rows of the first, with intervals.")
+    ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Use the held-out rows of this recipe, e.g. for a plain model.", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, e.g. arc_easy,piqa.", show_default=False)
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A table of tasks: gemma-card, the Gemma 1.1 model card.", show_default=False)
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="Folder with further tasks, as YAML files.", show_default=False)
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples in a task's prompt. Default: the task's.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Rows, prompts, or items of a task at most.", show_default=False)
+    ] = None,
+    memorisation: Annotated[
+        bool, typer.Option("--memorisation", help="Planted canaries, and training rows that it writes verbatim.")
+    ] = False,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Measure what the training began with too.")] = True,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in an answer at most. Default: the run's.", show_default=False)
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask tasks as user turns, or as plain text. Default: turns if it was tuned to answer.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="File to write. Default: evaluation.json in the run.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> Job:
+    """Evaluate a run or a model.
+
+    Without further options: loss, perplexity and token accuracy on the run's held-out rows, fixed prompts answered
+    before and after, how many answers end by themselves and are well-formed; of a reward model how many pairs it rates
+    right, and whether it counts tokens. With --tasks, --suite, --memorisation or --compare only that is measured, and
+    what evaluation.json holds already stays.
+    """
+
+    def job() -> int:
+        command = _command("evaluate")
+        names = tuple(name for name in (tasks or "").split(",") if name.strip())
+        return command.run(
+            targets,
+            command.Wanted(
+                compare=compare,
+                recipe=recipe,
+                tasks=tuple(name.strip() for name in names),
+                suite=suite,
+                include_path=include_path,
+                shots=shots,
+                limit=limit,
+                memorisation=memorisation,
+                base=base,
+                max_new_tokens=max_new_tokens,
+                output=output,
+                as_json=as_json,
+                chat=chat,
+            ),
+        )
+
+    return job
+
+
 class BaseKind(Enum):
     """What an adapter is merged into."""
 
@@ -401,6 +482,20 @@ def _numbers(text: str | None) -> list[float]:
     if not all(map(math.isfinite, numbers)):
         raise UserError(f"'{text}' is no list of numbers", where="--weights", fix="write e.g. --weights 0.7,0.3")
     return numbers
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    output: Annotated[
+        str | None, typer.Option(help="File to write. Default: report.html in the run.", show_default=False)
+    ] = None,
+) -> Job:
+    """Write report.html of a run again: curves, answers, data, plan.
+
+    Every training command writes it at its end. One file that asks the network for nothing.
+    """
+    return lambda: _command("report").run(run, output)
 
 
 @recipes_app.command("list")

@@ -10,7 +10,12 @@ Results = Mapping[str, Any]
 
 def figures(stage: str, results: Results) -> list[str]:
     """The lines for `results` of run.json. Figures that are not there are left out."""
-    return [*_HELD_OUT[stage](results), *_answers(results), _cost(results)]
+    return [*held_out(stage, results), *_answers(results), _cost(results)]
+
+
+def held_out(stage: str, results: Results) -> list[str]:
+    """The lines for the held-out rows alone."""
+    return _HELD_OUT[stage](results)
 
 
 def _sft(results: Results) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.export.card_results import evaluation_of, evaluation_section, limits_of, results_of, tuned_of
+from gemma_tune.export.markdown import flat, is_group, table, value_text, words
 from gemma_tune.gemma import licences
 
 if TYPE_CHECKING:
@@ -23,46 +24,8 @@ _STAGES = {
     "ppo": "PPO against rewards of its own responses",
 }
 
-# Key in results.base and results.tuned of run.json -> what it is, with its unit.
-_FIGURES: dict[str, dict[str, str]] = {
-    "sft": {"loss": "loss, nats a token", "perplexity": "perplexity", "token_accuracy": "token accuracy"},
-    "reward": {
-        "loss": "loss",
-        "accuracy": "pairs rated right",
-        "margin": "margin of the rewards",
-        "mean": "mean reward",
-        "std": "standard deviation of the rewards",
-        "length_correlation": "correlation of reward and length",
-    },
-    "dpo": {
-        "loss": "loss",
-        "accuracy": "pairs whose chosen answer is preferred",
-        "margin": "margin of the implicit rewards",
-        "chosen_logps": "log-probability of chosen answers, nats",
-        "rejected_logps": "log-probability of rejected answers, nats",
-        "kl": "KL from the reference, nats an answer",
-    },
-    "kto": {
-        "loss": "loss",
-        "accuracy": "answers on their side of the KL point",
-        "good_reward": "reward of good answers",
-        "bad_reward": "reward of bad answers",
-        "kl": "KL point, nats",
-    },
-    "ppo": {
-        "score": "score of the responses",
-        "kl": "KL from the reference, nats a response",
-        "entropy": "entropy, nats a token",
-        "response_length": "tokens of a response",
-        "stopped": "responses that stop by themselves",
-    },
-}
 _OF_THE_HUB = ("subset", "split", "revision")
 """Keys of a source that are refused for files: see `data.sources`."""
-_COUNTED = ("pairs", "prompts", "rows")
-_SINCE = {"dpo": ("accuracy", "margin", "kl"), "kto": ("accuracy", "good_reward", "bad_reward", "kl")}
-"""Figures against the reference, which the policy still is before the first step: there is no value before."""
-
 # Sections of plan.json -> keys that decide how the model was trained.
 _SETTINGS = {
     "lora": ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
@@ -106,19 +69,19 @@ def make_card(
         recipe: the run's recipe as written; empty where there is none.
         rates: it is a reward model.
     """
-    same = _is_as_measured(subject, kind, facts)
+    same, evaluation = _is_as_measured(subject, kind, facts), evaluation_of(subject)
     sections = [
         _opening(subject, kind, origin, change, rates),
         _use(subject, kind, origin, rates),
         _training(subject),
         _data(subject),
-        _evaluation(subject, same=same),
+        evaluation_section(subject, evaluation, same=same),
         _measured(facts),
-        _limits(subject, kind, rates),
+        _limits(subject, kind, evaluation, rates),
         _recipe(subject, recipe),
         f"## Licence\n\n{licences.card_words(subject.family.licence)}\n",
     ]
-    front = _front_matter(subject, kind, origin, rates, same=same)
+    front = _front_matter(subject, kind, origin, evaluation, rates, same=same)
     return f"---\n{front}\n---\n\n" + "\n".join(section for section in sections if section)
 
 
@@ -138,7 +101,9 @@ def _is_as_measured(subject: Subject, kind: str, facts: Mapping[str, Any]) -> bo
 # --- the hub's metadata
 
 
-def _front_matter(subject: Subject, kind: str, origin: licences.Origin, rates: bool, *, same: bool) -> str:
+def _front_matter(
+    subject: Subject, kind: str, origin: licences.Origin, evaluation: Mapping[str, Any], rates: bool, *, same: bool
+) -> str:
     """YAML. `base_model_relation` as the hub has it: a merged adapter is a finetune, `merge` is of several models."""
     from huggingface_hub import ModelCardData
 
@@ -149,7 +114,7 @@ def _front_matter(subject: Subject, kind: str, origin: licences.Origin, rates: b
         tags.append("gguf")
     if kind == "ollama":
         tags.append("ollama")
-    results = _results(subject) if same else []
+    results = results_of(subject, evaluation) if same else []
     data = ModelCardData(
         license=subject.family.licence,
         library_name={"adapter": "peft", "merged": "transformers"}.get(kind, "gguf"),
@@ -194,25 +159,6 @@ def _hub_datasets(subject: Subject) -> list[str]:
         elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and any(map(source.get, _OF_THE_HUB)):
             found.append(name)
     return sorted(set(found))
-
-
-def _results(subject: Subject) -> list[Any]:
-    """The held-out figures after training for the hub's model-index; none where none were measured."""
-    from huggingface_hub import EvalResult
-
-    stage, tuned = str(subject.run.get("stage")), _tuned(subject)
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="held-out",
-            dataset_name="held-out rows of the training data",
-            metric_type=key,
-            metric_value=tuned[key],
-            metric_name=name,
-        )
-        for key, name in _FIGURES.get(stage, {}).items()
-        if _is_number(tuned.get(key)) and math.isfinite(tuned[key])
-    ]
 
 
 # --- sections
@@ -332,7 +278,9 @@ def _training(subject: Subject) -> str:
     text = f"## Training\n\n{_STAGES.get(stage, stage)}, {method}.\n\n"
     if len(subject.adapters) > 1:
         text += "This, the data and the recipe are of the first adapter's run.\n\n"
-    text += _table(("setting", "value"), [(name, _value(value)) for name, value in [*rows, *cost] if value is not None])
+    text += table(
+        ("setting", "value"), [(name, value_text(value)) for name, value in [*rows, *cost] if value is not None]
+    )
     return text + _made_with(run.get("versions") or {})
 
 
@@ -367,67 +315,19 @@ def _data(subject: Subject) -> str:
     rows += [("tokens", report.get("tokens")), ("tokens with loss", report.get("trained_tokens") or None)]
     for group in ("dropped", "repaired", "noted"):
         rows += [(f"{group}: {why}", count) for why, count in (report.get(group) or {}).items()]
-    shown = [(name, _value(count)) for name, count in rows if count is not None]
-    return "## Data\n\n" + _table(("rows", "number"), shown)
-
-
-def _tuned(subject: Subject) -> Mapping[str, Any]:
-    """The figures after the training, where what leaves is what they were measured of."""
-    return (subject.run.get("results") or {}).get("tuned") or {} if subject.measured else {}
-
-
-def _unmeasured(subject: Subject) -> str | None:
-    """Why the figures of a run are not those of what leaves; None where they are, or where there is no run."""
-    scaled = any(one.weight != 1.0 for one in subject.adapters)
-    if len(subject.adapters) > 1:
-        shares = ", ".join(f"{one.weight:g}" for one in subject.adapters)
-        what = f"This combination with the weights {shares}"
-    elif scaled:
-        what = f"This adapter, scaled by {subject.adapters[0].weight:g},"
-    elif subject.run and not subject.measured:
-        place = subject.adapters[0].folder if subject.adapters else subject.source.path
-        what = f"This state of the model (`{place.name}`), which is not what its run ended with,"
-    else:
-        return None
-    return f"{what} was not evaluated."
-
-
-def _evaluation(subject: Subject, *, same: bool) -> str:
-    if why := _unmeasured(subject):
-        return f"## Evaluation\n\n{why}\n"
-    base, tuned = (subject.run.get("results") or {}).get("base") or {}, _tuned(subject)
-    names = _FIGURES.get(str(subject.run.get("stage")), {})
-    since = _SINCE.get(str(subject.run.get("stage")), ())
-    rows = [
-        (name, _value(base[key]) if _is_number(base.get(key)) and key not in since else "", _value(tuned[key]))
-        for key, name in names.items()
-        if _is_number(tuned.get(key))
-    ]
-    for source, rewards in (tuned.get("sources") or {}).items():
-        before = (base.get("sources") or {}).get(source, {}).get("mean")
-        rows.append((f"reward by `{source}`", _value(before) if before is not None else "", _value(rewards["mean"])))
-    if tuned.get("answers"):
-        ended = f"{tuned.get('ended')} of {tuned['answers']}"
-        before = f"{base['ended']} of {base['answers']}" if base.get("answers") else ""
-        rows.append(("answers that end by themselves, greedy", before, ended))
-    if not rows:
-        return ""
-    counted = next((f"{tuned[key]:,} {key}" for key in _COUNTED if tuned.get(key)), "rows")
-    text = f"## Evaluation\n\nOn {counted} that were held out of the training data, before and after the training"
-    text += ":\n\n" if same else " (as it ran, before the export):\n\n"
-    text += _table(("figure", "before", "after"), rows)
-    return text + (f"\nThe KL was measured on {tuned['kl_answers']} answers.\n" if tuned.get("kl_answers") else "")
+    shown = [(name, value_text(count)) for name, count in rows if count is not None]
+    return "## Data\n\n" + table(("rows", "number"), shown)
 
 
 def _measured(facts: Mapping[str, Any]) -> str:
     """What the export says of itself: scalars first, then one table for each group of figures."""
     facts = dict(facts)
     used = _made_with(facts.pop("versions", {}))
-    plain = [(_words(key), _value(value)) for key, value in facts.items() if not _is_group(value)]
-    parts = [_table(("export", "value"), plain)] if plain else []
+    plain = [(words(key), value_text(value)) for key, value in facts.items() if not is_group(value)]
+    parts = [table(("export", "value"), plain)] if plain else []
     for key, group in facts.items():
-        if _is_group(group) and group:
-            parts.append(_table((_words(key), "value"), [(_words(name), _value(each)) for name, each in _flat(group)]))
+        if is_group(group) and group:
+            parts.append(table((words(key), "value"), [(words(name), value_text(each)) for name, each in flat(group)]))
     return "## Export\n\n" + "\n".join(parts) + used if parts else ""
 
 
@@ -436,31 +336,10 @@ def _made_with(versions: Mapping[str, str]) -> str:
     return f"\nMade with {used}.\n" if used else ""
 
 
-def _is_group(value: Any) -> bool:
-    return isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(map(_is_group, value)))
-
-
-def _flat(group: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    items = group.items() if isinstance(group, Mapping) else ((str(at), each) for at, each in enumerate(group, 1))
-    for key, value in items:
-        name = f"{above}{key}"
-        if _is_group(value):
-            yield from _flat(value, f"{name}, ")
-        elif value is not None:
-            yield name, value
-
-
-def _limits(subject: Subject, kind: str, rates: bool) -> str:
-    lines = []
-    if not subject.run:
-        lines.append("How it was trained, on what, and how well it does is not recorded here.")
-    elif subject.measured and not any(_is_number(value) for value in _tuned(subject).values()):
-        lines.append(_nothing_evaluated(subject))
-    elif subject.measured:
-        lines.append("It was evaluated on held-out rows of its own training data only.")
-    lines.append("Not evaluated: benchmarks, facts, safety, bias, and languages other than those of the data.")
+def _limits(subject: Subject, kind: str, evaluation: Mapping[str, Any], rates: bool) -> str:
+    lines = limits_of(subject, evaluation)
     if kind in LORA and subject.planned("quantization").get("bnb_4bit_quant_type"):
-        figures = ", and the figures are those of both together" if _tuned(subject) else ""
+        figures = ", and the figures are those of both together" if tuned_of(subject) else ""
         lines.append(
             f"The adapter was trained on a base quantised to 4 bits{figures}; on the 16-bit base its answers differ a "
             "little."
@@ -471,14 +350,6 @@ def _limits(subject: Subject, kind: str, rates: bool) -> str:
         lines.append("Its rewards are for answers like those it was trained on, and only comparable among themselves.")
     lines.append("It inherits the limits of its base.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
-
-
-def _nothing_evaluated(subject: Subject) -> str:
-    held_out = ((subject.run.get("data") or {}).get("report") or {}).get("held_out")
-    if held_out == 0:
-        return "No rows were held out: nothing was evaluated."
-    what = f"{held_out:,} rows were held out, and not evaluated" if _is_number(held_out) else "Nothing was evaluated"
-    return f"{what}." if subject.run.get("status") == "finished" else f"{what}: the run did not finish."
 
 
 def _recipe(subject: Subject, recipe: str) -> str:
@@ -493,35 +364,3 @@ def _recipe(subject: Subject, recipe: str) -> str:
         said = "It was run as, with what follows the recipe in place of its own values:"
         text += f"\n{said}\n\n{fence}sh\n{typed}\n{fence}\n"
     return text
-
-
-# --- Markdown
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _words(key: str) -> str:
-    return str(key).replace("_", " ")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
-    return str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -104,6 +104,7 @@ def held_out_loss(
     world_size: int = 1,
     total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     stop: Callable[[], bool] = lambda: False,
+    each: Callable[[Sequence[int], torch.Tensor], None] = lambda numbers, sums: None,
 ) -> HeldOut | None:
     """Token-weighted loss and accuracy of `rows`.
 
@@ -115,6 +116,8 @@ def held_out_loss(
         rank, world_size: of this process. Each scores its share.
         total: adds a tensor up over all processes.
         stop: asked before each batch; True gives up and returns None.
+        each: gets the row numbers of each batch of this process and what they add up to, [rows, 3]: sum of
+            log-probabilities, first guesses that are right, trained tokens.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     with eval_mode(model):
@@ -122,8 +125,9 @@ def held_out_loss(
             if stop():
                 return None
             part = _score(model, collate([rows[index] for index in chosen]))
+            each(chosen, part)
             if counts:
-                sums += part
+                sums += part.sum(0)
     log_prob, correct, tokens = total(sums).tolist()
     if not tokens:
         return None
@@ -147,11 +151,11 @@ def shares(lengths: Sequence[int], batch_size: int, rank: int = 0, world_size: i
 
 
 def _score(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """[sum of log-probabilities, number of first guesses that are right, trained tokens] of one batch, fp64."""
+    """Of each row: sum of log-probabilities, first guesses that are right, trained tokens; [rows, 3] fp64."""
     device = next(model.parameters()).device
     output = model(**{key: value.to(device) for key, value in batch.items()}, fused_lm_head=True)
-    sums = [output.log_probs.double().sum(), output.is_top1.double().sum(), output.label_mask.double().sum()]
-    return torch.stack([value.cpu() for value in sums])
+    found = (output.log_probs, output.is_top1, output.label_mask)
+    return torch.stack([value.double().sum(1).cpu() for value in found], dim=1)
 
 
 def answers(

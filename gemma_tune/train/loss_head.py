@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 # Logits of one tile in fp32 take at most this many bytes; two such buffers live at a time.
 TILE_BYTES = 128 * 2**20
@@ -110,6 +110,16 @@ def head_is_frozen(model: PreTrainedModel) -> bool:
         and not head.weight.requires_grad
         and head.weight.device.type == "cpu"
     )
+
+
+def add_scoring_head(model: PreTrainedModel) -> None:
+    """Let a model without a trainer score labels as the trainer of SFT lets its own: TRL's fused head, then ours.
+
+    Args:
+        model: the base, without its adapter. Called again, it is scored by the newest head.
+    """
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    use_frozen_head(model)
 
 
 def use_frozen_head(model: PreTrainedModel) -> bool:
