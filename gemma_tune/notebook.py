@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,11 @@ def run(*words: str) -> None:
     """
     sys.stdout.flush()
     child = subprocess.Popen(
-        [sys.executable, "-m", "gemma_tune", *words],
+        command_of(words),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHER: str(os.getpid())},
+        env=environment_of(os.environ),
         # The kernel's group gets an interrupt too. Twice would end a run without a checkpoint.
         process_group=0,
     )
@@ -120,6 +120,21 @@ def run(*words: str) -> None:
             child.send_signal(signal.SIGINT)
     if code:
         raise CommandFailed(words, code)
+
+
+def command_of(words: Sequence[str]) -> list[str]:
+    """The program and its arguments: this package in this Python, whatever PATH says."""
+    return [sys.executable, "-m", "gemma_tune", *words]
+
+
+def environment_of(kernel: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a command: the kernel's, but for those by which it asks for colour.
+
+    ipykernel sets FORCE_COLOR, which makes a progress bar redraw itself, and a cell keeps each state of it as a line.
+    """
+    asks_for_colour = ("FORCE_COLOR", "CLICOLOR_FORCE")
+    kept = {name: value for name, value in kernel.items() if name not in asks_for_colour}
+    return kept | {"PYTHONUNBUFFERED": "1", LAUNCHER: str(os.getpid())}
 
 
 def _show(child: subprocess.Popen[bytes]) -> None:
@@ -227,7 +242,7 @@ def replaced() -> list[str]:
     owners = metadata.packages_distributions()
     stale = []
     for name in sorted(module for module in sys.modules if "." not in module):
-        held, owner = getattr(sys.modules[name], "__version__", None), owners.get(name)
+        held, owner = vars(sys.modules[name]).get("__version__"), owners.get(name)
         if isinstance(held, str) and owner and held != metadata.version(owner[0]):
             stale.append(name)
     return stale

