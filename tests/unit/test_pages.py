@@ -61,7 +61,7 @@ def sections(text: str) -> dict[str, str]:
 
 def test_there_are_pages_with_commands() -> None:
     assert {"README.md", "docs/recipes.md", "docs/generations.md", "docs/faq.md", "docs/comparison.md"} <= set(PAGES)
-    assert len(OURS) > 50 and len(NAMED) > 50
+    assert len(OURS) > 50 and len(NAMED) > 30
 
 
 @pytest.mark.parametrize(("page", "line"), OURS)

@@ -198,11 +198,9 @@ def test_the_wheel_carries_what_is_shipped() -> None:
 
 
 def test_the_recipes_of_the_readme_are_read() -> None:
-    whole, data, dpo, ppo = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    whole, dpo, ppo = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     recipe = read_recipe_text(whole)
     assert recipe.model == read_recipe(shipped_folder("recipes") / "ultrachat_qlora.yaml").model
-    mixed = read_recipe_text(re.sub(r"(?m)^data:.*\n", data, whole))
-    assert [source.name for source in mixed.data.sources] == ["ultrachat", "my_rows.jsonl", "mine.py:rows"]
     preferences = read_recipe_text(dpo)
     assert (preferences.stage, preferences.model.adapter) == ("dpo", "runs/my-sft")
     rewarded = read_recipe_text(ppo)
