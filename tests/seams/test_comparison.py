@@ -124,7 +124,7 @@ def notebook_rows() -> list[list[int]]:
 
 @functools.cache
 def our_quotes(folder: Path) -> Any:
-    file = folder / "quotes.jsonl"
+    file = folder.parent / "quotes.jsonl"
     file.write_text("\n".join(map(json.dumps, quotes(QUOTES))), "utf-8")
     return ours(file)
 

@@ -100,6 +100,35 @@ def test_a_wrong_command_would_be_seen(text: str) -> None:
         parsed(text)
 
 
+ELSEWHERE = {"vllm", "python", "llama-server", "ollama", "transformers", "pip"}
+"""Programs of others that no test here can start: servers, and what installs us."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_others(page: str) -> None:
+    """Launchers are parsed as they parse themselves; what they start is a command of ours."""
+    for line in command_lines(PAGES[page]):
+        program, *words = shlex.split(line)
+        if line.startswith(PROGRAMS) or program == "make":
+            continue
+        if program in ("accelerate", "torchrun"):
+            from accelerate.commands.launch import launch_command_parser
+            from torch.distributed.run import get_args_parser
+
+            parser = launch_command_parser() if program == "accelerate" else get_args_parser()
+            asked = parser.parse_args(words[1:] if program == "accelerate" else words)
+            assert asked.training_script == "gemma_tune"
+            assert parsed(shlex.join(["gemma-tune", *asked.training_script_args]))
+        else:
+            assert program in ELSEWHERE, line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_can_be_read(page: str) -> None:
+    for text in blocks(PAGES[page], "python"):
+        compile(text, page, "exec")
+
+
 @pytest.mark.parametrize(
     ("page", "text"), [(page, block) for page, text in PAGES.items() for block in blocks(text, "yaml")]
 )
