@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -16,6 +15,7 @@ from gemma_tune.gemma.families import Family
 from gemma_tune.models import remedies
 from gemma_tune.models.card import write_card
 from gemma_tune.models.load import set_stop_ids, source_of
+from gemma_tune.models.modes import follow_umask
 from gemma_tune.models.roles import REFERENCE, TRAINED, belongs, speak_as, speaking
 from gemma_tune.plan.starts import adapter_folder, is_reward_model
 
@@ -225,7 +225,7 @@ def save_adapter(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_card(folder, model.peft_config[TRAINED].base_model_name_or_path or "", family, adapter=True)
-    _follow_umask(folder)
+    follow_umask(file for file in folder.iterdir() if file.is_file())
     return report
 
 
@@ -249,15 +249,6 @@ def _one_adapter(model: PeftModel) -> Iterator[str]:
     finally:
         model.delete_adapter("stacked")
         speak_as(model, names)
-
-
-def _follow_umask(folder: Path) -> None:
-    """safetensors writes 0600, so that a group on a cluster could not read the adapter."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.iterdir():
-        if file.is_file():
-            file.chmod(0o666 & ~mask)
 
 
 def open_adapter(base: PreTrainedModel, folder: Path, *, name: str = TRAINED, trained: bool = False) -> PeftModel:

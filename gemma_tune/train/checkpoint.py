@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import AccessError, GemmaTuneError, TrainingError
+from gemma_tune.models.modes import follow_umask
 
 MANIFEST = "COMPLETE.json"
 _FORMAT = 1
@@ -118,12 +119,11 @@ def hashes(folder: Path) -> dict[str, dict[str, Any]]:
 
 def flush_all(folder: Path) -> None:
     """Flush every file below `folder`, then the folders. Modes follow the umask: safetensors leaves 0600."""
-    mode = 0o666 & ~_umask()
     below = sorted(folder.rglob("*"))
-    for path in below:
-        if path.is_file():
-            os.chmod(path, mode)
-            flush(path)
+    files = [path for path in below if path.is_file()]
+    follow_umask(files)
+    for path in files:
+        flush(path)
     for path in (*(path for path in below if path.is_dir()), folder):
         flush(path)
 
@@ -321,9 +321,3 @@ def _trash_name(path: Path) -> Path:
     trash = path.with_name(f".trash-{path.name}")
     shutil.rmtree(trash, ignore_errors=True)
     return trash
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

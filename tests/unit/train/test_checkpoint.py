@@ -116,6 +116,21 @@ def test_files_are_readable_by_whom_the_umask_allows(tmp_path: Path) -> None:
     assert stat.S_IMODE((folder / "w").stat().st_mode) == 0o644
 
 
+def test_a_disk_without_modes_takes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(number: int) -> None:
+        def chmod(path: Path, mode: int) -> None:
+            raise OSError(number, os.strerror(number), str(path))
+
+        monkeypatch.setattr(Path, "chmod", chmod)
+
+    refuse(errno.EPERM)  # a mounted bucket
+    assert checkpoint.read(save(tmp_path, 1)).step == 1
+    refuse(errno.EIO)
+    with pytest.raises((OSError, TrainingError), match=r"(?i)input/output error"):
+        save(tmp_path, 2)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [1]
+
+
 def test_every_file_is_flushed_before_the_rename_and_the_parent_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
