@@ -5,33 +5,21 @@ python -m tests.generations     writes them into the page
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
-import gemma_tune
 from gemma_tune.gemma.families import FAMILIES, Family
 from gemma_tune.gemma.sizes import PUBLISHED
+from tests.pages import ROOT, filled, markdown_table
 
-PAGE = Path(gemma_tune.__file__).parents[1] / "docs" / "generations.md"
+PAGE = ROOT / "docs" / "generations.md"
 SHOWN = ("gemma1", "gemma2", "gemma3_text", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "vaultgemma")
 """A row each: as they are published, not the text-only classes of the multimodal ones."""
 
-_MARKS = "<!-- {name}: python -m tests.generations -->\n\n{table}\n<!-- end -->\n"
+COMMAND = "python -m tests.generations"
 
 
 def tables() -> dict[str, str]:
     """Name -> Markdown."""
     shown = [FAMILIES[name] for name in SHOWN]
     return {"checkpoints": _checkpoints(shown), "conversation": _conversation(shown), "model": _model(shown)}
-
-
-def filled(page: str) -> str:
-    """The page with its tables as they are now."""
-    for name, table in tables().items():
-        place = re.search(rf"<!-- {name}: .*?<!-- end -->\n", page, re.DOTALL)
-        assert place, name
-        page = page.replace(place[0], _MARKS.format(name=name, table=table))
-    return page
 
 
 def _checkpoints(families: list[Family]) -> str:
@@ -41,7 +29,9 @@ def _checkpoints(families: list[Family]) -> str:
         mine = " ".join(f"`{name.removeprefix('google/')}`" for name in names) or "any with its `model_type`"
         served = f"`{family.gguf.arch}`" if family.gguf else "no"
         rows.append([family.label, _codes(family.model_types), mine, family.licence, served])
-    return _table(["generation", "`model_type`", "checkpoints known by name (google/)", "licence", "GGUF"], rows)
+    return markdown_table(
+        ["generation", "`model_type`", "checkpoints known by name (google/)", "licence", "GGUF"], rows
+    )
 
 
 def _conversation(families: list[Family]) -> str:
@@ -62,7 +52,7 @@ def _conversation(families: list[Family]) -> str:
             ]
         )
     head = ["generation", "turn start, id", "turn end, id", "stops at", "system message", "roles", "thinking, tools"]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _model(families: list[Family]) -> str:
@@ -95,17 +85,12 @@ def _model(families: list[Family]) -> str:
         "shared keys and values",
         "never quantised",
     ]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _codes(names: tuple[str, ...]) -> str:
     return " ".join(f"`{name}`" for name in names)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
+    PAGE.write_text(filled(PAGE.read_text("utf-8"), tables(), COMMAND), "utf-8")

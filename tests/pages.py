@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -47,6 +48,21 @@ def written_out(line: str) -> list[str]:
     most = max(map(len, choices), default=0)
     every = list(product(*choices))
     return [" ".join(words) for words in every[: 4 * most]]
+
+
+def filled(page: str, tables: Mapping[str, str], command: str) -> str:
+    """A page with its generated tables as they are now: each stands between two comments, the first with its name."""
+    for name, table in tables.items():
+        place = re.search(rf"<!-- {name}: .*?<!-- end -->\n", page, re.DOTALL)
+        assert place, name
+        page = page.replace(place[0], f"<!-- {name}: {command} -->\n\n{table}\n<!-- end -->\n")
+    return page
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells as a table; a `|` in one is written so that it is none of the table's."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def anchors(text: str) -> set[str]:

@@ -20,7 +20,8 @@ from gemma_tune.plan.stages import CONFIGS
 from gemma_tune.recipe.reader import read_recipe, read_recipe_text, recipe_schema
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.recipe.shipped import shipped_folder, shipped_recipes
-from tests.pages import PAGES, ROOT, anchors, blocks, command_lines, prose, spans, written_out
+from tests import card_table
+from tests.pages import PAGES, ROOT, anchors, blocks, command_lines, filled, prose, spans, written_out
 from tests.unit.plan.test_recipes_on_machines import rewards, start
 
 RECIPES = {recipe.path.name: recipe.path for recipe in shipped_recipes()}
@@ -183,6 +184,17 @@ def test_no_page_repeats_another() -> None:
 
 def test_the_recipe_reference_is_of_this_schema() -> None:
     assert PAGES["docs/recipes.md"] == recipe_reference(), "gemma-tune recipes reference > docs/recipes.md"
+
+
+def test_the_table_of_the_suite_is_of_the_code() -> None:
+    page = PAGES["docs/evaluation.md"]
+    assert filled(page, card_table.tables(), card_table.COMMAND) == page, card_table.COMMAND
+
+
+def test_the_quick_start_showed_what_its_recipe_says() -> None:
+    header = " ".join(RECIPES["quickstart.yaml"].read_text("utf-8").partition("stage:")[0].replace("#", "").split())
+    for figure in ("4.681", "2.829", "41,416 tokens", "145 s", "4.2 GiB"):
+        assert figure in header and figure in PAGES["README.md"]
 
 
 def test_every_key_has_a_meaning() -> None:

@@ -6,13 +6,14 @@ import re
 
 from gemma_tune.gemma.families import FAMILIES, text_only
 from gemma_tune.gemma.sizes import PUBLISHED, count
-from tests.generations import PAGE, SHOWN, filled
+from tests.generations import COMMAND, PAGE, SHOWN, tables
+from tests.pages import filled
 
 TEXT = PAGE.read_text("utf-8")
 
 
 def test_the_tables_are_those_of_the_code() -> None:
-    assert filled(TEXT) == TEXT, "python -m tests.generations"
+    assert filled(TEXT, tables(), COMMAND) == TEXT, COMMAND
 
 
 def test_every_family_is_shown_itself_or_by_its_multimodal_class() -> None:
