@@ -19,11 +19,11 @@ def tables() -> dict[str, str]:
 
 
 def _cells(row: Row) -> list[str]:
-    said = row.stated or "nothing"
+    said = row.stated if row.shots_stated else f"{row.stated}; no shots" if row.stated else "nothing"
     own = "the task's" if row.shots is None else str(row.shots)
     figures = ["–" if figure is None else f"{figure:g}" for figure in row.figures]
     turns = f", in turns `{row.chat_task}`" if row.chat_task and row.chat_task != row.task else ""
-    return [row.card, f"`{row.task}`{turns}", own, said if row.shots_stated else f"{said}; no shots", *figures]
+    return [row.card, f"`{row.task}`{turns}", own, said, *figures]
 
 
 if __name__ == "__main__":
