@@ -116,6 +116,8 @@ def _step_scale(chart: Chart, left: float, right: float, width: int) -> axes.Sca
     wanted = 4 if width < WIDE[0] else 8
     scale = axes.linear(first, last, left, right, wanted=min(wanted, int(last - first)) or 1, snug=True)
     ticks = tuple((value, text) for value, text in scale.ticks if value == int(value))
+    if last >= 10_000:
+        ticks = tuple((value, f"{value / 1000:g}k" if value else "0") for value, _ in ticks)
     return axes.Scale(first, last, left, right, False, ticks)
 
 
@@ -176,7 +178,7 @@ def _curve(one: Series, x: axes.Scale, y: axes.Scale, *, spiky: bool) -> Iterabl
         if not one.gathered:
             yield f'<path class="raw {one.role}" d="{line}"/>'
         yield f'<path class="line {one.role}" d="{_line(places, [y.place(value) for value in smooth])}"/>'
-    if len(one.points) == 1 or (one.role == "held_out" and len(one.points) <= _DOTS):
+    if len(one.points) == 1 or (one.measured and len(one.points) <= _DOTS):
         for place, height in zip(places, heights, strict=True):
             yield f'<circle class="dot {one.role}" cx="{place:.1f}" cy="{height:.1f}" r="2.6"/>'
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gemma_tune.report.series import Series, make_series, speeds, values_of
+from gemma_tune.report.series import Series, Value, columns, make_series, speeds
 from gemma_tune.report.words import GIB, is_number, size
 
 TRAIN, HELD_OUT, PLAIN, SECOND = "train", "held_out", "plain", "second"
@@ -200,21 +200,22 @@ def make_charts(
         room: bytes that the device has.
         resumed: steps after which the run was resumed.
     """
-    charts = [
-        chart
-        for sheet in (*_SHEETS.get(stage, (_LOSS,)), *_SHARED)
-        if (chart := _chart(sheet, metrics, resumed)) is not None
-    ]
+    found = columns(metrics)
+    sheets = (*_SHEETS.get(stage, (_LOSS,)), *_SHARED)
+    charts = [chart for sheet in sheets if (chart := _chart(sheet, found, resumed)) is not None]
     if (speed := make_series("speed", speeds(metrics), PLAIN)) is not None:
         charts.append(Chart(_SPEED, (speed,), (), tuple(resumed)))
-    if (memory := _chart(_MEMORY, metrics, resumed)) is not None:
+    if (memory := _chart(_MEMORY, found, resumed)) is not None:
         charts.append(Chart(_MEMORY, memory.series, tuple(_limits(memory, estimate, room)), tuple(resumed)))
     return charts
 
 
-def _chart(sheet: Sheet, metrics: Sequence[Mapping[str, Any]], resumed: Sequence[int]) -> Chart | None:
-    found = (make_series(curve.name, values_of(metrics, curve.key, curve.scale), curve.role) for curve in sheet.curves)
-    series = tuple(one for one in found if one is not None)
+def _chart(sheet: Sheet, found: Mapping[str, Sequence[Value]], resumed: Sequence[int]) -> Chart | None:
+    series = tuple(
+        replace(one, measured=curve.key.startswith("eval_"))
+        for curve in sheet.curves
+        if (one := make_series(curve.name, found.get(curve.key, ()), curve.role, scale=curve.scale)) is not None
+    )
     return Chart(sheet, series, (), tuple(resumed)) if series else None
 
 

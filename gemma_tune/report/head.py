@@ -80,7 +80,7 @@ def status(files: RunFiles) -> tuple[str, str]:
     words = {
         "finished": f"finished {done}",
         "running": f"running, or ended without a word; last seen {done}",
-        "stopped": f"stopped by a signal {done}; a checkpoint is saved",
+        "stopped": f"stopped by a signal {done}",
         "aborted": f"aborted {done}",
         "failed": f"failed {done}",
     }
@@ -247,7 +247,7 @@ def commands(files: RunFiles) -> list[Command]:
     found = []
     if files.record.get("status") != "finished":
         resume = resume_command(files)
-        found += [Command("go on from the newest checkpoint", resume)] if resume else []
+        found += [Command("go on where it stopped", resume)] if resume else []
     if not (files.record.get("results") or {}).get("weights"):
         return found
     if files.record.get("stage") == "reward":

@@ -13,6 +13,10 @@ DRAWN = 240
 """Buckets of a curve that has more points: a chart is a few hundred pixels wide."""
 
 
+Value = tuple[int, float | None]
+"""A step and what was measured there; None where that was not finite."""
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """A part of a curve: its last step, the mean of its values, and the smallest and largest of them."""
@@ -36,6 +40,7 @@ class Series:
         missing: steps without a finite value, the first few.
         missing_count: how many.
         role: `train`, `held_out`, `plain` or `second`: decides its colour.
+        measured: whether its points are evaluations: few, exact, and each marked.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Series:
     missing: tuple[int, ...] = ()
     missing_count: int = 0
     role: str = "plain"
+    measured: bool = False
 
     @property
     def gathered(self) -> bool:
@@ -55,19 +61,21 @@ class Series:
         return self.count > len(self.points)
 
 
-def values_of(rows: Iterable[Mapping[str, Any]], key: str, scale: float = 1.0) -> list[tuple[int, float | None]]:
-    """(step, value) of the lines that have `key`; None where it was not finite (JSON null, or Python's NaN)."""
-    found: list[tuple[int, float | None]] = []
+def columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Value]]:
+    """Key -> (step, value) of the lines that have it; None where it was not finite (JSON null, or Python's NaN)."""
+    found: dict[str, list[Value]] = {}
     for row in rows:
-        if key in row and is_number(row.get("step")):
-            value = row[key]
-            found.append((int(row["step"]), value * scale if is_number(value) else None))
+        if not is_number(row.get("step")):
+            continue
+        step = int(row["step"])
+        for key, value in row.items():
+            found.setdefault(key, []).append((step, value if is_number(value) else None))
     return found
 
 
-def speeds(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, float | None]]:
+def speeds(rows: Iterable[Mapping[str, Any]]) -> list[Value]:
     """Tokens a second between one line and the next: the counters of a run are sums from its beginning."""
-    found: list[tuple[int, float | None]] = []
+    found: list[Value] = []
     tokens, seconds = 0.0, 0.0
     for row in rows:
         seen, spent, step = row.get("tokens_seen"), row.get("train_seconds"), row.get("step")
@@ -79,9 +87,9 @@ def speeds(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, float | None]]:
     return found
 
 
-def make_series(name: str, values: Sequence[tuple[int, float | None]], role: str = "plain") -> Series | None:
-    """A curve of `values`, gathered into at most `DRAWN` buckets; None where no value is finite."""
-    good = [(step, value) for step, value in values if value is not None]
+def make_series(name: str, values: Sequence[Value], role: str = "plain", *, scale: float = 1.0) -> Series | None:
+    """A curve of `values` times `scale`, gathered into at most `DRAWN` buckets; None where no value is finite."""
+    good = [(step, value * scale) for step, value in values if value is not None]
     if not good:
         return None
     missing = [step for step, value in values if value is None]

@@ -56,6 +56,18 @@ def test_the_run_folder_holds_what_the_documentation_says(done: Path) -> None:
     )
 
 
+def test_the_report_shows_the_run(done: Path) -> None:
+    """The rows that it marks are those of the data: what a tiny Gemma's tokenizer makes of the answers carries loss."""
+    page = (done / "report.html").read_text(encoding="utf-8")
+    rows = document(done / "run.json")["data"]["preview"]
+    assert len(rows) == 3 and all(row["parts"][0]["text"].startswith("<bos><start_of_turn>user") for row in rows)
+    assert "finished after 60 steps" in page and page.count("<mark>") > 3
+    last = lines(done / "metrics.jsonl")[-1]
+    assert last["peak_rss"] > 100 * 2**20, "bytes"
+    for title in ("Loss", "Token accuracy", "Learning rate", "Gradient norm", "Speed", "Memory"):
+        assert f"<h3>{title}</h3>" in page
+
+
 def test_run_json_says_what_ran_on_what(done: Path) -> None:
     record = document(done / "run.json")
     assert record["status"] == "finished" and record["stage"] == "sft" and record["seed"] == 0

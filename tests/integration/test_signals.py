@@ -59,6 +59,7 @@ def test_every_signal_saves_and_exits_75(
     run = recipe.parent / "run"
     assert checkpoint.newest(run).found.step == 1  # type: ignore[union-attr]
     assert document(run / "run.json")["status"] == "stopped"
+    assert "stopped by a signal after 1 of 8 steps" in (run / "report.html").read_text(encoding="utf-8")
     assert not (run / "adapter").exists()
     assert signal.getsignal(number) is own, "the handlers of the host come back"
 

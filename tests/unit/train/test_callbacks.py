@@ -135,3 +135,19 @@ def test_on_a_terminal_a_bar(arguments: TrainingArguments, monkeypatch: pytest.M
     run_display(Console(file=stream, width=120, force_terminal=True), arguments, monkeypatch)
     printed = stream.getvalue()
     assert "40/40" in printed and "1,234 tokens/s" in printed and "loss 2.5000" in printed
+
+
+def test_each_line_of_metrics_has_the_peak_memory(arguments: TrainingArguments) -> None:
+    class Folder:
+        rows: list[dict[str, Any]] = []  # noqa: RUF012 - one folder, one test
+
+        def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+            assert name == "metrics.jsonl"
+            self.rows += rows
+
+    folder = Folder()
+    file = callbacks.MetricsFile(folder, lambda: {"tokens_seen": 9})  # type: ignore[arg-type]
+    file.on_log(arguments, TrainerState(global_step=3), TrainerControl(), {"loss": 1.0})
+    (row,) = folder.rows
+    assert row["step"] == 3 and row["loss"] == 1.0 and row["tokens_seen"] == 9
+    assert row["peak_rss"] > 50 * 2**20, "bytes of this process"
