@@ -288,7 +288,10 @@ def evaluate(
     ] = False,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Use the held-out rows of this recipe, e.g. for a plain model.", show_default=False),
+        typer.Option(
+            help="Use the held-out rows of this recipe. A plain model needs one, and is opened in its type.",
+            show_default=False,
+        ),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness, e.g. arc_easy,piqa.", show_default=False)

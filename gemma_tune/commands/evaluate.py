@@ -216,7 +216,7 @@ def compare(a: Target, b: Target, recipe: Plan | None, wanted: Wanted) -> dict[s
     from gemma_tune.evaluation.target import open_target
 
     pair.check_two(a, b)
-    opened = open_target(a)
+    opened = open_target(a, recipe)
     rows = rows_for(a, opened, recipe, limit=wanted.limit, max_new_tokens=wanted.max_new_tokens)
     found = pair.compare(a, b, opened, rows)
     return finish(a, {"comparison": found}, [], pair.render(found), wanted)

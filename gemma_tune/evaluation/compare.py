@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gemma_tune.errors import UserError
 from gemma_tune.evaluation.answers import Given, answer_prompts
@@ -61,7 +62,7 @@ def compare(a: Target, b: Target, opened: Opened, rows: Rows) -> dict[str, Any]:
     first = measure(a, opened, rows)
     opened.model = None
     gc.collect()
-    second_opened = open_target(b)
+    second_opened = open_target(b, rows.plan)
     if second_opened.encoder.sha256 != rows.encoder.sha256 or second_opened.family is not rows.family:
         raise UserError(
             f"it writes other tokens than {a.name}: losses a token cannot be compared",
@@ -98,17 +99,23 @@ def differences(a: Measured, b: Measured) -> dict[str, Any]:
     """Name of a figure -> both values, their difference and its interval."""
     found: dict[str, Any] = {}
     if a.tokens is not None and b.tokens is not None:
-        found["loss"] = paired_difference(a.tokens.nats, b.tokens.nats, a.tokens.tokens)
-        found["token_accuracy"] = paired_difference(a.tokens.correct, b.tokens.correct, a.tokens.tokens)
+        size = a.tokens.tokens
+        found["loss"] = paired_difference(a.tokens.nats, b.tokens.nats, size).to_json()
+        found["token_accuracy"] = paired_difference(a.tokens.correct, b.tokens.correct, size).to_json()
     if a.given is not None and b.given is not None:
         counted = a.given.counted()
         ended = [[one.answers[number].ended for number in counted] for one in (a.given, b.given)]
         formed = [[not one.faults[number] for number in counted] for one in (a.given, b.given)]
-        found["stop_rate"] = paired_difference(*ended)
-        found["format_rate"] = paired_difference(*formed)
+        found |= {"stop_rate": yes_or_no(*ended), "format_rate": yes_or_no(*formed)}
     if a.pairs is not None and b.pairs is not None:
-        found["reward_accuracy"] = paired_difference(a.pairs.right, b.pairs.right)
-    return {name: one.to_json() for name, one in found.items()}
+        found["reward_accuracy"] = yes_or_no(a.pairs.right, b.pairs.right)
+    return found
+
+
+def yes_or_no(a: ArrayLike, b: ArrayLike) -> dict[str, Any]:
+    """The difference of two rates, with McNemar's test: where all rows agree, drawing them again shows no chance."""
+    lost, won, p = mcnemar(a, b)
+    return paired_difference(a, b).to_json() | {"only_a": lost, "only_b": won, "mcnemar_p": p}
 
 
 def compare_tasks(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -125,11 +132,8 @@ def compare_tasks(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
         if not items:
             continue
         pair = [np.array([float(one[item]) for item in items]) for one in (ours, theirs)]
-        one = paired_difference(*pair).to_json()
-        if all(np.isin(values, (0.0, 1.0)).all() for values in pair):
-            lost, won, p = mcnemar(*pair)
-            one |= {"only_a": lost, "only_b": won, "mcnemar_p": p}
-        found.setdefault(task, {})[metric] = one
+        binary = all(np.isin(values, (0.0, 1.0)).all() for values in pair)
+        found.setdefault(task, {})[metric] = yes_or_no(*pair) if binary else paired_difference(*pair).to_json()
     return found
 
 
@@ -169,9 +173,7 @@ def render(found: Mapping[str, Any]) -> list[str]:
     for name, one in found["figures"].items():
         lines.append(_line(_NAMES[name], one, "rows"))
     for task, metrics in found.get("tasks", {}).items():
-        for metric, one in metrics.items():
-            test = f", McNemar p = {one['mcnemar_p']:.3g}" if "mcnemar_p" in one else ""
-            lines.append(_line(f"{task}, {metric}", one, "items") + test)
+        lines += [_line(f"{task}, {metric}", one, "items") for metric, one in metrics.items()]
     few = min((one["rows"] for one in found["figures"].values()), default=FEW)
     if few < FEW:
         lines.append(f"{few:,} rows are few: the true interval is wider than it looks")
@@ -180,4 +182,6 @@ def render(found: Mapping[str, Any]) -> list[str]:
 
 def _line(name: str, one: Mapping[str, Any], unit: str) -> str:
     interval = f"[{one['low']:+.4f}, {one['high']:+.4f}]" if one["low"] is not None else "no interval"
-    return f"{name}: {one['a']:.4f} -> {one['b']:.4f}, {one['difference']:+.4f} {interval} over {one['rows']:,} {unit}"
+    test = f", McNemar p = {one['mcnemar_p']:.3g}" if "mcnemar_p" in one else ""
+    both = f"{one['a']:.4f} -> {one['b']:.4f}, {one['difference']:+.4f}"
+    return f"{name}: {both} {interval} over {one['rows']:,} {unit}{test}"

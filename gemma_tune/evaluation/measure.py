@@ -51,7 +51,7 @@ def measure(
     Raises:
         UserError: nothing is held out, the data have changed, or rows and model do not fit together.
     """
-    opened = open_target(target)
+    opened = open_target(target, recipe)
     rows = rows_for(target, opened, recipe, limit=limit, max_new_tokens=max_new_tokens)
     if target.is_reward:
         return measure_pairs(target, opened, rows)

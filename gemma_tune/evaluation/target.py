@@ -13,15 +13,16 @@ import torch
 from gemma_tune import console
 from gemma_tune.errors import UserError
 from gemma_tune.evaluation.result import FILE
-from gemma_tune.gemma.families import Family
+from gemma_tune.gemma.families import Family, family_of
 from gemma_tune.gemma.licences import last_name
 from gemma_tune.models.gguf_files import find_gguf, open_gguf
+from gemma_tune.models.load import dtype_of_machine, load_base, on_gpu, residual_exponent_of
 from gemma_tune.models.lora import WEIGHTS, add_saved
 from gemma_tune.models.reference import resolve
 from gemma_tune.models.reward import RewardHead, RewardModel, base_of, check_stats, open_head, read_stats
 from gemma_tune.models.roles import REFERENCE, TRAINED, reference_adapters, speak_as, speaking_as
 from gemma_tune.models.saved import Saved, find_saved, open_saved
-from gemma_tune.models.tokenizer import GemmaEncoder
+from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
 from gemma_tune.plan.facts import read_json
 from gemma_tune.plan.starts import adapter_folder, is_reward_model
 from gemma_tune.plan.types import Choice, MemoryTerm, Plan
@@ -194,8 +195,12 @@ class Opened:
         return nullcontext()
 
 
-def open_target(target: Target) -> Opened:
+def open_target(target: Target, like: Plan | None = None) -> Opened:
     """The weights of `target`, with what its training began with beside them where that was an adapter.
+
+    Args:
+        like: the plan whose type and quantisation an untouched model is opened in, so that it can be compared with
+            what was tuned in them; None for 16 bits as the machine has them, unquantised.
 
     Raises:
         UserError: see `models.saved`, `models.gguf_files`.
@@ -209,7 +214,8 @@ def open_target(target: Target) -> Opened:
         )
         model.requires_grad_(False)
         return Opened(model, tokenizer, family, GemmaEncoder(tokenizer, family))
-    model, tokenizer, family = open_saved(target.saved)
+    untouched = target.adapter is None and target.plan is None
+    model, tokenizer, family = _open_like(target.saved, like) if untouched and like else open_saved(target.saved)
     encoder = GemmaEncoder(tokenizer, family)
     if target.adapter is None:
         if target.plan is None:
@@ -225,6 +231,21 @@ def open_target(target: Target) -> Opened:
         before = (REFERENCE,) if _add_start(model, target, start) else None
     speak_as(model, [TRAINED])
     return Opened(model, tokenizer, family, encoder, before, head)
+
+
+def _open_like(saved: Saved, plan: Plan) -> tuple[Any, Any, Family]:
+    source = resolve(saved.name, saved.revision, need="config")
+    family = family_of(read_json(source.path / "config.json"), where=source.name)
+    dtype = plan.values("model")["dtype"]
+    if dtype == "float16" and not on_gpu():
+        dtype = dtype_of_machine(family)  # as `open_saved` does with what was tuned
+    # The patterns of modules that are left alone are those of this model's own generation.
+    how = {key: value for key, value in plan.values("quantization").items() if key != "llm_int8_skip_modules"}
+    if "bnb_4bit_compute_dtype" in how:
+        how["bnb_4bit_compute_dtype"] = dtype
+    chosen = {"dtype": dtype, "residual_exponent": residual_exponent_of(dtype, family)}
+    model = load_base({**chosen, "name": saved.name, "revision": saved.revision}, how, family)
+    return model, load_tokenizer(saved.name, saved.revision, family), family
 
 
 def start_of(target: Target) -> str | None:

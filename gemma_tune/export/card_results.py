@@ -73,20 +73,23 @@ def evaluation_of(subject: Subject) -> Mapping[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         about = found["subject"]
-        matches = found["format"] == 1 and _identity(subject) == (about["adapter_sha256"], about["content"])
+        known = about["adapter_sha256"] if subject.adapters else about["content"]
+        matches = found["format"] == 1 and known is not None and known == _identity(subject)
     except (ValueError, KeyError, TypeError):
         return {}
     return found if matches else {}
 
 
-def _identity(subject: Subject) -> tuple[str | None, str | None]:
-    """As `evaluation.target.Target.subject` tells weights apart."""
+def _identity(subject: Subject) -> str:
+    """As `evaluation.target.Target.subject` tells adapters apart, or models of which all weights were trained."""
     from gemma_tune.models.lora import WEIGHTS
     from gemma_tune.train.checkpoint import sha256_of
     from gemma_tune.train.provenance import fingerprint
 
-    content = fingerprint(subject.source.path) if subject.source.revision is None else None
-    return (sha256_of(subject.adapters[0].folder / WEIGHTS) if subject.adapters else None), content
+    if not subject.adapters:
+        return fingerprint(subject.source.path)
+    file = subject.adapters[0].folder / WEIGHTS
+    return sha256_of(file) if file.is_file() else ""
 
 
 def results_of(subject: Subject, evaluation: Mapping[str, Any]) -> list[Any]:
