@@ -142,6 +142,8 @@ def _facts(files: RunFiles, data: Mapping[str, Any], report: Mapping[str, Any]) 
         ("Fingerprint", str(data.get("fingerprint") or "–")),
     ]
     canaries = data.get("canaries")
-    if canaries:
-        found.insert(-1, ("Planted canaries", cut(value(canaries), 300)))
+    if isinstance(canaries, Mapping):
+        repeats = ", ".join(map(count, canaries.get("repeats") or ()))
+        text = f"{count(canaries.get('rows'))} rows: {count(canaries.get('count'))} secrets each, {repeats} times"
+        found.insert(-1, ("Planted canaries", text))
     return [(name, text) for name, text in found if not text.startswith("–")]

@@ -183,9 +183,37 @@ def evaluation(text: str = "arc_easy") -> dict[str, Any]:
             }
         },
         "memorisation": {
-            "canaries": {"planted": 12, "found": [{"repeats": 16, "rate": 0.75}]},
-            "extraction": {"rate": 0},
+            "canaries": {
+                "ceiling": 10.0,
+                "by_repeats": [
+                    {
+                        "repeats": 16,
+                        "canaries": 4,
+                        "extracted": 3,
+                        "rate": 0.75,
+                        "interval": [0.3, 0.95],
+                        "exposure": 9.1,
+                    }
+                ],
+                "each": [{"secret": "do not print"}],
+            },
+            "extraction": {
+                "criterion": {"prompt_tokens": 50, "target_tokens": 50, "least_tokens": 20, "edits": 0.1},
+                "train": {
+                    "rows": 100,
+                    "base": {"exact": {"rate": 0.0}, "approximate": {"rate": 0.01}},
+                    "tuned": {"exact": {"rate": 0.07}, "approximate": {"rate": 0.11}},
+                },
+                "held_out": {"rows": 0, "base": None, "tuned": None},
+            },
         },
+        "comparison": {
+            "a": {"target": "runs/a"},
+            "b": {"target": "runs/b"},
+            "method": "paired bootstrap",
+            "figures": {"loss": {"a": 2.1, "b": 2.0, "difference": -0.1, "low": -0.15, "high": -0.05, "rows": 40}},
+        },
+        "something_new": {"deep": {"er": 1.5}, "list": [{"x": 1, "y": "z"}]},
     }
 
 

@@ -256,7 +256,11 @@ def test_evaluation_is_shown_with_errors_and_doubts(tmp_path: Path) -> None:
     text = page_of(run).text
     assert "arc_easy acc 0.7120 ± 0.013 5 570 0.7350 (shots not stated)" in text
     assert "Loss, nats a token 4.000 2.000 −50.0 %" in text
-    assert "Rated right 71.0 %" in text and "canaries, planted 12" in text and "16 0.7500" in text
+    assert "Pairs rated right 71.0 %" in text
+    assert "16 times 4 75.0 % 30.0 % to 95.0 % 9.10" in text and "do not print" not in text
+    assert "training rows 100 0.0 % 7.0 % 1.0 % 11.0 %" in text
+    assert "loss 2.100 2.000 −0.100 −0.150 to −0.0500 40" in text and "A is runs/a, B is runs/b." in text
+    assert "deep, er 1.500" in text and "1 z" in text, "what is not known yet is shown all the same"
     assert "24 November 2026, 08:00 UTC" in text
 
 
