@@ -72,7 +72,9 @@ class Target:
     @property
     def file(self) -> Path:
         """Where its evaluation goes: into its run, or into the working directory under its name."""
-        return self.folder / FILE if self.folder else Path(f"{last_name(self.name.rstrip('/'))}.{FILE}")
+        if self.folder:
+            return self.folder / FILE
+        return Path(f"{last_name(self.name.rstrip('/')).split(':')[-1]}.{FILE}")
 
     def subject(self) -> dict[str, Any]:
         """`subject` of evaluation.json. `adapter_sha256` is of adapter_model.safetensors alone."""

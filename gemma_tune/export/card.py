@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from gemma_tune.export.card_results import evaluation_of, evaluation_section, limits_of, results_of, tuned_of
+from gemma_tune.export.card_evaluation import evaluation_of
+from gemma_tune.export.card_results import evaluation_section, limits_of, results_of, tuned_of
 from gemma_tune.export.markdown import flat, is_group, table, value_text, words
 from gemma_tune.gemma import licences
 

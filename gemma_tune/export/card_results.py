@@ -1,14 +1,13 @@
-"""What a model card says of how well it does: run.json and, where it is of these weights, evaluation.json."""
+"""What a model card says of how well it does, by the figures of its run and what was evaluated since."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gemma_tune.export.markdown import flat, is_number, table, value_text, words
-from gemma_tune.gemma.licences import last_name
+from gemma_tune.export.card_evaluation import further_tables, task_results, tasks_of
+from gemma_tune.export.markdown import is_number, table, value_text
 
 if TYPE_CHECKING:
     from gemma_tune.export.subject import Subject
@@ -62,43 +61,13 @@ _OF_REWARDS = {
 _HELD_OUT_ROWS = "held-out rows of the training data"
 
 
-def evaluation_of(subject: Subject) -> Mapping[str, Any]:
-    """evaluation.json of the run, where it is about exactly the weights that leave; empty where it is not.
-
-    An adapter is told by its hash, all weights by their content: what was trained on after an evaluation has another.
-    """
-    file = subject.run_folder / "evaluation.json" if subject.run_folder else None
-    if file is None or not file.is_file() or not subject.measured:
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        about = found["subject"]
-        known = about["adapter_sha256"] if subject.adapters else about["content"]
-        matches = found["format"] == 1 and known is not None and known == _identity(subject)
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return found if matches else {}
-
-
-def _identity(subject: Subject) -> str:
-    """As `evaluation.target.Target.subject` tells adapters apart, or models of which all weights were trained."""
-    from gemma_tune.models.lora import WEIGHTS
-    from gemma_tune.train.checkpoint import sha256_of
-    from gemma_tune.train.provenance import fingerprint
-
-    if not subject.adapters:
-        return fingerprint(subject.source.path)
-    file = subject.adapters[0].folder / WEIGHTS
-    return sha256_of(file) if file.is_file() else ""
-
-
 def results_of(subject: Subject, evaluation: Mapping[str, Any]) -> list[Any]:
     """The figures after training for the hub's model-index; none where none were measured.
 
     Args:
         evaluation: from `evaluation_of`.
     """
-    return [*_held_out_results(subject, evaluation), *_task_results(evaluation)]
+    return [*_held_out_results(subject, evaluation), *task_results(evaluation)]
 
 
 def _held_out_results(subject: Subject, evaluation: Mapping[str, Any]) -> list[Any]:
@@ -118,36 +87,6 @@ def _held_out_results(subject: Subject, evaluation: Mapping[str, Any]) -> list[A
         for key, name in names.items()
         if is_number(tuned.get(key)) and math.isfinite(tuned[key])
     ]
-
-
-def _task_results(evaluation: Mapping[str, Any]) -> list[Any]:
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=task,
-            dataset_name=task,
-            metric_type=metric,
-            metric_value=value,
-            metric_name=_with_shots(metric, about),
-        )
-        for task, about in _tasks(evaluation)
-        for metric, value in about["metrics"].items()
-        if is_number(value) and math.isfinite(value) and not _is_error(metric)
-    ]
-
-
-def _tasks(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The tasks of an evaluation; what else stands beside them says how they were asked."""
-    for task, about in (evaluation.get("tasks") or {}).items():
-        if isinstance(about, Mapping) and isinstance(about.get("metrics"), Mapping):
-            yield last_name(str(task)), about
-
-
-def _with_shots(metric: str, about: Mapping[str, Any]) -> str:
-    shots = about.get("shots")
-    return f"{metric}, {shots} shots" if is_number(shots) else metric
 
 
 def _measured_since(subject: Subject, evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -210,7 +149,7 @@ def evaluation_section(subject: Subject, evaluation: Mapping[str, Any], *, same:
         before = f"{base['ended']} of {base['answers']}" if base.get("answers") else ""
         rows.append(("answers that end by themselves, greedy", before, ended))
     rows += _rows_since(subject, evaluation)
-    further = _further(evaluation)
+    further = further_tables(evaluation)
     if not rows:
         return f"## Evaluation\n\n{further}" if further else ""
     counted = next((f"{tuned[key]:,} {key}" for key in _COUNTED if tuned.get(key)), "rows")
@@ -233,41 +172,9 @@ def _rows_since(subject: Subject, evaluation: Mapping[str, Any]) -> list[tuple[s
     ]
 
 
-def _further(evaluation: Mapping[str, Any]) -> str:
-    """Tables of tasks and of memorisation; empty where neither was measured."""
-    parts = []
-    rows = [
-        (task, _with_shots(metric, about), value_text(about.get("items") or ""), _with_error(about["metrics"], metric))
-        for task, about in _tasks(evaluation)
-        for metric, value in about["metrics"].items()
-        if is_number(value) and not _is_error(metric)
-    ]
-    if rows:
-        parts.append("Tasks of lm-evaluation-harness:\n\n" + table(("task", "metric", "items", "value"), rows))
-    found = [
-        (words(name), value_text(value))
-        for name, value in flat(evaluation.get("memorisation") or {})
-        if is_number(value)
-    ]
-    if found:
-        parts.append("Memorisation of the training data:\n\n" + table(("figure", "value"), found))
-    return "\n".join(parts)
-
-
-def _is_error(metric: str) -> bool:
-    """lm-eval puts the standard error of `acc,none` under `acc_stderr,none`."""
-    return metric.partition(",")[0].endswith("_stderr")
-
-
-def _with_error(metrics: Mapping[str, Any], metric: str) -> str:
-    name, comma, kind = metric.partition(",")
-    error = metrics.get(f"{name}_stderr{comma}{kind}")
-    return value_text(metrics[metric]) + (f" ± {value_text(error)}" if is_number(error) else "")
-
-
 def limits_of(subject: Subject, evaluation: Mapping[str, Any]) -> list[str]:
     """What the figures are not about."""
-    asked = any(True for _ in _tasks(evaluation))
+    asked = any(True for _ in tasks_of(evaluation))
     lines = []
     if not subject.run:
         lines.append("How it was trained, on what, and how well it does is not recorded here.")

@@ -27,7 +27,9 @@ def evaluated(folder: Path, **changes: Any) -> Subject:
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(b"weights")
     subject = {"target": "/home/me/run", "adapter_sha256": sha256_of(weights), "content": None}
-    memorisation = {"extraction": {"train": {"rate": 0.125}}, "canaries": {"found": 3, "text": "a secret canary"}}
+    exact = {"base": {"exact": {"rows": 50, "extracted": 1}}, "tuned": {"exact": {"rows": 50, "extracted": 9}}}
+    planted = {"each": ["a secret canary"], "by_repeats": [{"repeats": 16, "canaries": 4, "extracted": 3}]}
+    memorisation = {"extraction": {"criterion": {"edits": 0.1}, "train": exact}, "canaries": planted}
     document = {"format": 1, "subject": subject, "held_out": HELD_OUT, "tasks": TASKS, "memorisation": memorisation}
     (run / "evaluation.json").write_text(json.dumps(document | changes))
     return recorded_subject(run)
@@ -52,7 +54,9 @@ def test_tasks_and_rates_are_in_the_card_and_in_its_index(tmp_path: Path) -> Non
     assert "| arc_easy | acc, 0 shots | 200 | 0.5 ± 0.01 |" in card
     assert "| gsm8k | exact_match,strict, 5 shots | 100 | 0.25 ± 0.02 |" in card
     assert "| answers that are well-formed turns, greedy, share | 0 | 0.75 |" in card
-    assert "| extraction, train, rate | 0.125 |" in card and "secret canary" not in card and "/home/me" not in card
+    assert "| training rows, the rest word for word | 1 of 50 | 9 of 50 |" in card
+    assert "| canaries that were planted 16 times |  | 3 of 4 |" in card
+    assert "secret canary" not in card and "/home/me" not in card
     found = index_of(card)
     assert found["arc_easy", "acc"] == 0.5 and found["gsm8k", "exact_match,strict"] == 0.25
     assert found["held-out", "loss"] == 2.5 and found["held-out", "format_rate"] == 0.75
