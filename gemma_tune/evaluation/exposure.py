@@ -92,6 +92,7 @@ def audit_canaries(
         )
     return {
         **asdict(planted),
+        "repeats": list(planted.repeats),
         "space_bits": BITS,
         "alternatives": count,
         "ceiling": math.log2(count + 1),
