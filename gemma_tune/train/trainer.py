@@ -405,8 +405,9 @@ class RunTrainer(Trainer):
         if not self._in_parts and (self.args.should_save or self.is_fsdp_enabled):
             write_weights(self.model, folder, writes=self.args.should_save)
             if self.args.should_save and (folder / ADAPTER_FILE).is_file():
-                # The first step of a warm-up may have a learning rate of 0.
-                warmed = self.state.global_step > self.args.get_warmup_steps(self.state.max_steps) + 1
+                # The first step of a warm-up may have a learning rate of 0, and a skipped one moves nothing.
+                taken = self.state.global_step - (self.scaler.skipped if self.scaler is not None else 0)
+                warmed = taken > self.args.get_warmup_steps(self.state.max_steps) + 1
                 check_written(self.model, folder, moved=warmed)
 
     @property

@@ -195,9 +195,11 @@ class PpoTrainer:
         scored = time.perf_counter()
 
         # 7. Epochs of minibatches: first the policy's pass and its gradient, then the critic's, then one step.
+        skipped = self.scaler.skipped
         learnt = self.learn(rollout, experience, plan, train_policy=step >= self.args.critic_warmup)
         learnt["learning_rate"] = float(self.lr_scheduler.get_last_lr()[0])
-        self.lr_scheduler.step()
+        if not learnt["optimizer_steps"] or self.scaler.skipped - skipped < learnt["optimizer_steps"]:
+            self.lr_scheduler.step()  # not where every step of it was skipped, in fp16
 
         # 8. The KL coefficient of the next step.
         metrics = self._describe(rollout, scores, shaped, experience) | learnt
