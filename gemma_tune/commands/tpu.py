@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from gemma_tune import console
 from gemma_tune.commands.figures import figures
+from gemma_tune.commands.report import reported
 from gemma_tune.errors import AccessError
 from gemma_tune.plan.facts import model_facts
 from gemma_tune.recipe import yaml
@@ -63,10 +64,11 @@ def sft(recipe: str, overrides: Sequence[str], mesh: str | None, resume: Resume)
     )
     for note in plan.notes:
         console.note(note)
-    results = run_plan(plan, shape, text, resume=resume, console=console.stdout())
-    for line in figures("sft", results):
-        console.out(line)
-    console.out(f"result: {Path(read.output) / results['weights']['folder']}")
+    with reported(Path(read.output)):
+        results = run_plan(plan, shape, text, resume=resume, console=console.stdout())
+        for line in figures("sft", results):
+            console.out(line)
+        console.out(f"result: {Path(read.output) / results['weights']['folder']}")
     return 0
 
 
