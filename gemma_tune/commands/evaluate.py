@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
 from gemma_tune.commands.figures import held_out
-from gemma_tune.commands.train import print_answers, quieten
+from gemma_tune.commands.train import print_answers, quieten, unseen
 from gemma_tune.errors import UserError
 from gemma_tune.export.card_results import FIGURES
 
@@ -51,16 +51,18 @@ def run(targets: Sequence[str], wanted: Wanted) -> int:
         AccessError: the hub, or a package that is missing.
     """
     check_options(targets, wanted)
-    from gemma_tune.evaluation.target import find_target
-
     quieten()
     from gemma_tune.models.remedies import import_bitsandbytes
 
     import_bitsandbytes()  # before trl and peft, which would import it their way
+    with unseen("wandb"):
+        from gemma_tune.evaluation.result import read
+        from gemma_tune.evaluation.target import find_target
     found = [find_target(name) for name in targets]
     for target in found:
         check_kind(target, wanted)
-    recipe = read_plan_of(wanted.recipe, found[0]) if wanted.recipe else None
+        read(file_of(target, wanted))  # what is there must be an evaluation: said before anything is measured
+    recipe = read_plan_of(wanted.recipe) if wanted.recipe else None
     if wanted.compare:
         documents = [compare(found[0], found[1], recipe, wanted)]
     else:
@@ -77,48 +79,39 @@ def check_options(targets: Sequence[str], wanted: Wanted) -> None:
         UserError: see the text.
     """
     tasked = bool(wanted.tasks or wanted.suite)
-    rules = (
-        (
-            wanted.compare and len(targets) != 2,
-            "--compare",
-            f"needs two targets, and {len(targets)} came",
-            "gemma-tune eval --compare RUN_A RUN_B",
-        ),
-        (
-            wanted.compare and (tasked or wanted.memorisation),
-            "--compare",
-            "compares held-out rows, and task items that are measured already",
-            "evaluate each with --tasks first",
-        ),
-        (
-            bool(wanted.output) and len(targets) > 1 and not wanted.compare,
-            "--output",
-            "is one file for several targets",
-            "evaluate them one by one",
-        ),
-        (wanted.shots is not None and not wanted.tasks, "--shots", "is for --tasks", "name --tasks, or leave it out"),
-        (
-            wanted.include_path is not None and not tasked,
-            "--include-path",
-            "is for --tasks and --suite",
-            "name one of them, or leave it out",
-        ),
-        (
-            wanted.chat is not None and not tasked,
-            "--chat",
-            "is for --tasks and --suite",
-            "name one of them, or leave it out",
-        ),
-        (
-            wanted.recipe is not None and (tasked or wanted.memorisation),
-            "--recipe",
-            "is for held-out rows",
-            "leave it out, or leave out --tasks, --suite and --memorisation",
-        ),
-    )
-    for broken, where, what, fix in rules:
-        if broken:
-            raise UserError(what, where=where, fix=fix)
+    leave_out = "name one of them, or leave it out"
+    broken: dict[str, list[tuple[bool, str, str]]] = {
+        "--compare": [
+            (wanted.compare and len(targets) != 2, f"needs two targets, and {len(targets)} came", "name RUN_A RUN_B"),
+            (
+                wanted.compare and (tasked or wanted.memorisation),
+                "compares held-out rows, and task items that were measured before",
+                "evaluate each with --tasks first",
+            ),
+        ],
+        "--output": [
+            (
+                bool(wanted.output) and len(targets) > 1 and not wanted.compare,
+                "is one file for several targets",
+                "evaluate them one by one",
+            ),
+            (bool(wanted.output) and Path(str(wanted.output)).is_dir(), "is a folder", "name a file in it"),
+        ],
+        "--shots": [(wanted.shots is not None and not wanted.tasks, "is for --tasks", "name tasks, or leave it out")],
+        "--include-path": [(wanted.include_path is not None and not tasked, "is for --tasks and --suite", leave_out)],
+        "--chat": [(wanted.chat is not None and not tasked, "is for --tasks and --suite", leave_out)],
+        "--recipe": [
+            (
+                wanted.recipe is not None and (tasked or wanted.memorisation),
+                "is for held-out rows",
+                "leave it out, or leave out --tasks, --suite and --memorisation",
+            )
+        ],
+    }
+    for where, rules in broken.items():
+        for applies, what, fix in rules:
+            if applies:
+                raise UserError(what, where=where, fix=fix)
 
 
 def check_kind(target: Target, wanted: Wanted) -> None:
@@ -141,7 +134,7 @@ def check_kind(target: Target, wanted: Wanted) -> None:
         )
 
 
-def read_plan_of(recipe: str, target: Target) -> Plan:
+def read_plan_of(recipe: str) -> Plan:
     """The plan of a recipe, for its data: which rows, which of them are held out, what is asked.
 
     Its adapter is not looked for, and it need not fit into this machine: nothing is trained.
@@ -228,7 +221,7 @@ def finish(
     """Write what was found and, unless JSON is wanted, print it."""
     from gemma_tune.evaluation.result import write
 
-    file = Path(wanted.output) if wanted.output else target.file
+    file = file_of(target, wanted)
     document = write(file, target.subject(), parts, rows)
     if not wanted.as_json:
         print_answers(list(parts.get("answers", ())))
@@ -236,6 +229,11 @@ def finish(
             console.out(line)
         console.out(f"written: {file}")
     return document
+
+
+def file_of(target: Target, wanted: Wanted) -> Path:
+    """Where the evaluation of a target goes."""
+    return Path(wanted.output).expanduser() if wanted.output else target.file
 
 
 # --- lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +59,7 @@ def compare(a: Target, b: Target, opened: Opened, rows: Rows) -> dict[str, Any]:
     """
     trained_on = {"a": "no" if a.plan is rows.plan else check_unseen(a, rows), "b": check_unseen(b, rows)}
     first = measure(a, opened, rows)
-    opened.model = None
-    gc.collect()
+    opened.let_go()
     second_opened = open_target(b, rows.plan)
     if second_opened.encoder.sha256 != rows.encoder.sha256 or second_opened.family is not rows.family:
         raise UserError(

@@ -79,10 +79,12 @@ def rows_of_run(target: Target, opened: Opened, *, limit: int | None = None, max
     if recorded is None:
         console.note("run.json does not say what the data were: the held-out rows may be others than in the training")
     elif recorded != rows.data.fingerprint:
+        by = (target.run.get("versions") or {}).get("gemma-tune")
         raise UserError(
             "the data are not what they were in the training: rows that were trained on may be held out now",
             where=", ".join(str(source["name"]) for source in target.plan.values("data")["sources"]),
-            fix="put the data and their functions back as they were; or name other held-out rows with --recipe FILE",
+            fix="put the data and their functions back as they were, with the version of gemma-tune that read them "
+            f"({by}); or name other held-out rows with --recipe FILE",
         )
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,8 +102,7 @@ def voices(target: Target, opened: Opened, wanted: list[Voice]) -> Iterator[tupl
         if voice == "base" and other is not None:
             before = open_target(other)
             yield voice, before
-            before.model = None
-            gc.collect()
+            before.let_go()
         else:
             yield voice, opened
 

@@ -13,7 +13,7 @@ from gemma_tune.data.policies import Policies
 from gemma_tune.data.report import Tally
 from gemma_tune.errors import AccessError, UserError
 from gemma_tune.evaluation.held_out import Rows
-from gemma_tune.evaluation.target import Target
+from gemma_tune.evaluation.target import Target, find_target, start_of
 from gemma_tune.gemma.conversation import Answered
 from gemma_tune.gemma.families import FAMILIES
 from gemma_tune.models.tokenizer import GemmaEncoder, load_tokenizer
@@ -29,22 +29,43 @@ _READ: dict[str, Callable[..., Iterable[mix.Kept[Any]]]] = {
 }
 
 
-def check_unseen(target: Target, rows: Rows) -> str:
+class Seen(UserError):
+    """A training has seen some of the rows."""
+
+
+def check_unseen(target: Target, rows: Rows, *, further: int = 8) -> str:
     """Refuse rows that `target` was trained on.
 
     Rows are the same where the first thing that the user says is the same, or the whole text of a document: it is what
     keeps rows on one side when a run splits its data.
 
+    Args:
+        further: how many trainings are gone back, each of which began with the one before it.
+
     Returns:
         `no`, or why it is not known whether it was trained on some of them.
 
     Raises:
-        UserError: it was.
+        Seen: it was, or what its training began with was.
     """
     if not target.tuned:
         return "not known: what a published model was trained on is not recorded here"
     if target.plan is None:
         return "not known: there is no plan beside it that says what it was trained on"
+    own, start = _own(target, rows), start_of(target)
+    if start is None:
+        return own
+    try:
+        before = check_unseen(find_target(start), rows, further=further - 1) if further else "not known: too far back"
+    except Seen:
+        raise
+    except (UserError, AccessError) as exc:
+        before = f"not known: it began with {start}, and {exc.problems[0].what}"
+    return own if own != "no" else before
+
+
+def _own(target: Target, rows: Rows) -> str:
+    """`check_unseen` of the training that made the target, whatever that began with."""
     if (target.run.get("data") or {}).get("fingerprint") == rows.data.fingerprint:
         return "no"
     try:
@@ -55,7 +76,7 @@ def check_unseen(target: Target, rows: Rows) -> str:
         return f"not known: {trained}"
     asked = {_group(example) for example in rows.data.held_out_examples}
     if seen := len(asked & trained):
-        raise UserError(
+        raise Seen(
             f"it was trained on {seen:,} of the {len(asked):,} rows: figures on them say nothing",
             where=target.name,
             fix="name the runs the other way round, or say with --recipe FILE whose held-out rows neither has seen",

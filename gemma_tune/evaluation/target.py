@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -63,11 +64,6 @@ class Target:
     def tuned(self) -> bool:
         """Whether something of ours or of PEFT's was trained: an adapter, or all weights of a run."""
         return self.adapter is not None or self.plan is not None
-
-    @property
-    def stage(self) -> str | None:
-        """The stage of its run; a reward model shows its own."""
-        return "reward" if self.is_reward else self.plan.stage if self.plan else None
 
     @property
     def file(self) -> Path:
@@ -189,6 +185,13 @@ class Opened:
     def reward(self) -> RewardModel:
         assert self.head is not None
         return RewardModel(self.model, self.head).eval()
+
+    def let_go(self) -> None:
+        """Free the weights: the next model need not fit beside these."""
+        self.model = self.head = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def speaking(self, voice: Voice) -> Any:
         """A context in which the model is what it was before the training, or what it is now."""

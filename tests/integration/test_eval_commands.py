@@ -15,6 +15,7 @@ from tests.integration.test_kto_tiny import kto_recipe
 from tests.integration.test_ppo_tiny import ppo_recipe
 from tests.integration.test_preferences_tiny import pair_recipe
 from tests.integration.tiny_runs import document, lines, write_recipe
+from tests.unit.models.test_gguf_files import as_gguf
 
 Tiny = Callable[..., Path]
 Output = pytest.CaptureFixture[str]
@@ -174,11 +175,11 @@ def test_parts_that_were_not_measured_now_stay_until_the_weights_change(sft: Pat
     file.write_text(json.dumps(document(file) | {"tasks": {"mine": {"metrics": {"acc": 0.5}}}}))
     found = measured(run, "--limit", "3", "--no-base")
     assert found["tasks"] == {"mine": {"metrics": {"acc": 0.5}}} and found["held_out"]["rows"] == 3
-    shutil.copy(next(sft.glob("checkpoint-*")) / "adapter_model.safetensors", run / "adapter")
-    assert "tasks" not in measured(run, "--limit", "2", "--no-base") or (
-        (run / "adapter" / "adapter_model.safetensors").read_bytes()
-        == (sft / "adapter" / "adapter_model.safetensors").read_bytes()
-    )
+    early = min(sft.glob("checkpoint-*"), key=lambda one: int(one.name.split("-")[1]))
+    shutil.copy(early / "adapter_model.safetensors", run / "adapter")
+    assert "tasks" not in measured(run, "--limit", "2", "--no-base")
+    file.write_text("no evaluation")
+    assert main(["eval", str(run)]) == 2 and file.read_text() == "no evaluation"
 
 
 # --- two of them
@@ -200,7 +201,10 @@ def test_a_run_and_its_copy_do_not_differ(sft: Path, tmp_path: Path, capsys: Out
     assert found["trained_on_rows"] == {"a": "no", "b": "no"}
 
 
-def test_a_run_and_its_base(base: Path, sft: Path, tmp_path: Path, capsys: Output) -> None:
+def test_a_run_and_its_base(
+    base: Path, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run = copy_of(sft, tmp_path)
     found = measured(run)
     capsys.readouterr()
@@ -213,7 +217,6 @@ def test_a_run_and_its_base(base: Path, sft: Path, tmp_path: Path, capsys: Outpu
     assert loss["b"] == pytest.approx(found["held_out"]["base"]["loss"], rel=1e-5)
     assert loss["low"] <= loss["difference"] <= loss["high"] and loss["rows"] == 8
     assert "held_out" in document(run / "evaluation.json"), "it stays beside the comparison"
-    Path(f"{base.name}.evaluation.json").unlink()
 
 
 def test_who_was_trained_on_the_rows_is_refused(base: Path, sft: Path, tmp_path: Path, capsys: Output) -> None:
@@ -223,6 +226,19 @@ def test_who_was_trained_on_the_rows_is_refused(base: Path, sft: Path, tmp_path:
     assert main(["eval", "--compare", str(sft), str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert "it was trained on" in said and "of the 8 rows" in said
+    # Nor is what goes on from it, with rows of its own.
+    (tmp_path / "next").mkdir()
+    model = {"name": str(base), "quantization": "none", "precision": "fp32", "adapter": str(tmp_path / "run")}
+    later = write_recipe(tmp_path / "next", base, model=model, optim={"max_steps": 1}, seed=5)
+    rows = tmp_path / "next" / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("What is", "Tell me"))
+    later.write_text(
+        json.dumps({key: value for key, value in json.loads(later.read_text()).items() if key != "adapter"})
+    )
+    assert main(["sft", str(later)]) == 0
+    capsys.readouterr()
+    assert main(["eval", "--compare", str(sft), str(tmp_path / "next" / "run")]) == 2
+    assert f"{tmp_path / 'run'}: it was trained on" in capsys.readouterr().err
 
 
 def test_reward_models_are_compared_with_each_other_alone(
@@ -248,6 +264,7 @@ def test_reward_models_are_compared_with_each_other_alone(
         (["--chat"], "--chat: is for"),
         (["--tasks", "t", "--recipe", "r.yaml"], "--recipe: is for held-out rows"),
         (["--limit", "0"], "--limit"),
+        (["--output", "."], "--output: is a folder"),
     ],
 )
 def test_options_that_would_do_nothing(sft: Path, capsys: Output, words: list[str], said: str) -> None:
@@ -285,3 +302,52 @@ def test_data_that_changed_and_runs_that_held_nothing_out(base: Path, tmp_path: 
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "run")]) == 2
     assert "the data are not what they were" in capsys.readouterr().err
+
+
+# --- what it is opened as
+
+
+def test_a_quantised_base_in_bf16_gives_the_figures_of_its_training(base: Path, tmp_path: Path) -> None:
+    model = {"name": str(base), "quantization": "nf4", "precision": "bf16"}
+    recipe = write_recipe(tmp_path, base, model=model, optim={"max_steps": 2}, evaluation=None)
+    assert main(["sft", str(recipe)]) == 0
+    check_equal(tmp_path / "run", measured(tmp_path / "run"), "base", "tuned")
+
+
+def test_a_gguf_file_on_the_rows_of_a_recipe(
+    base: Path, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = as_gguf(base, "gemma3_text", tmp_path / "model.gguf")
+    assert main(["eval", str(file), "--recipe", str(sft.parent / "recipe.yaml")]) == 0
+    assert "which multiplies with its weights unpacked" in capsys.readouterr().err
+    found = document(tmp_path / "model.gguf.evaluation.json")
+    before = document(sft / "run.json")["results"]["base"]
+    assert found["held_out"]["base"]["tokens"] == before["tokens"]
+    assert found["held_out"]["base"]["loss"] == pytest.approx(before["loss"], rel=0.01)  # bf16 here, fp32 there
+    assert found["subject"]["content"].startswith("sha256:")
+
+
+def test_tasks_are_asked_as_the_model_was_tuned_to_answer_and_their_items_are_kept(
+    base: Path, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """The command's part alone: `tests/unit/evaluation/test_harness.py` has what the harness does."""
+    asked: list[dict[str, Any]] = []
+
+    def run_tasks(model: Any, tokenizer: Any, family: Any, tasks: Any, **how: Any) -> dict[str, Any]:
+        asked.append({"tasks": tasks, "family": family.name, **how})
+        rows = [{"part": "task", "task": name, "item": 0, "metric": "acc", "correct": 1.0} for name in tasks]
+        entry = {"metrics": {"acc": 1.0}, "shots": 0, "items": 1, "chat": how["chat"], "card": None}
+        return {**dict.fromkeys(tasks, entry), "rows": rows}
+
+    monkeypatch.setattr("gemma_tune.evaluation.harness.run_tasks", run_tasks)
+    monkeypatch.chdir(tmp_path)
+    run = copy_of(sft, tmp_path)
+    measured(run, "--limit", "2", "--no-base")
+    found = measured(run, "--tasks", " one, two,", "--limit", "5", "--shots", "3")
+    assert asked[0]["tasks"] == ("one", "two") and asked[0]["chat"] and (asked[0]["limit"], asked[0]["shots"]) == (5, 3)
+    assert found["tasks"].keys() == {"one", "two"} and found["held_out"]["rows"] == 2
+    kinds = [(row["part"], row.get("task")) for row in lines(run / "evaluation.rows.jsonl")]
+    assert kinds.count(("held_out", None)) == 2 and kinds.count(("task", "one")) == 1
+    assert main(["eval", str(base), "--tasks", "one"]) == 0 and not asked[1]["chat"]
+    assert main(["eval", str(base), "--tasks", "one", "--chat"]) == 0 and asked[2]["chat"]
