@@ -281,7 +281,7 @@ def chat(
 def evaluate(
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="RUN_OR_MODEL...", help="A run, adapter or model folder, a hub id, or a GGUF file."),
+        typer.Argument(metavar="RUN_OR_MODEL", help="A run, adapter or model folder, a hub id, or a GGUF file."),
     ],
     compare: Annotated[
         bool, typer.Option("--compare", help="Two targets on the held-out rows of the first, with intervals.")

@@ -20,6 +20,7 @@ from gemma_tune.gemma.conversation import Document
 from gemma_tune.gemma.families import Family
 from gemma_tune.models.tokenizer import GemmaEncoder
 from gemma_tune.plan.types import Plan
+from gemma_tune.recipe.schema import Samples
 from gemma_tune.train.evaluate import HeldOut, Prompt, held_out_loss, prompt_ids, sample_prompts
 from gemma_tune.train.loss_head import add_scoring_head
 from gemma_tune.train.parts import prepared_before
@@ -106,8 +107,9 @@ def build_rows(
             where="data.holdout",
             fix="train with data.holdout above 0; or name other rows with --recipe FILE, or measure --tasks",
         )
-    session = plan.values("session")
-    samples, most = session["samples"], session["evaluation"]["max_rows"]
+    session, trainer = plan.values("session"), plan.values("trainer")
+    samples = session.get("samples") or Samples().model_dump()  # a training on TPUs asks nothing
+    most = session["evaluation"]["max_rows"]
     if limit is not None:
         most, samples = min(most, limit), {**samples, "held_out": min(samples["held_out"], limit)}
     rows = data.held_out.select(range(min(len(data.held_out), most)))
@@ -119,7 +121,7 @@ def build_rows(
         sample_prompts(samples["prompts"], data.held_out_examples, samples["held_out"]) if answers else [],
         family,
         encoder,
-        plan.values("trainer")["per_device_eval_batch_size"],
+        trainer.get("per_device_eval_batch_size") or trainer["per_device_train_batch_size"],
         max_new_tokens or samples["max_new_tokens"],
     )
 

@@ -351,3 +351,15 @@ def test_tasks_are_asked_as_the_model_was_tuned_to_answer_and_their_items_are_ke
     assert kinds.count(("held_out", None)) == 2 and kinds.count(("task", "one")) == 1
     assert main(["eval", str(base), "--tasks", "one"]) == 0 and not asked[1]["chat"]
     assert main(["eval", str(base), "--tasks", "one", "--chat"]) == 0 and asked[2]["chat"]
+
+
+def test_a_run_whose_plan_says_nothing_of_prompts_and_passes_as_those_on_tpus(sft: Path, tmp_path: Path) -> None:
+    run = copy_of(sft, tmp_path)
+    plan = document(run / "plan.json")
+    del plan["session"]["samples"], plan["trainer"]["per_device_eval_batch_size"], plan["session"]["distributed"]
+    plan["machine"] = {"name": "TPU v5e", "device": "tpu", "mesh": {"fsdp": 4, "tp": 2}, "world_size": 1}
+    (run / "plan.json").write_text(json.dumps(plan))
+    found = measured(run, "--max-new-tokens", "4")
+    expected = document(run / "run.json")["results"]["tuned"]["loss"]
+    assert found["held_out"]["tuned"]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert found["answers"] and all(row["held_out"] for row in found["answers"])
