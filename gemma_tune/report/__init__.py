@@ -1,10 +1,14 @@
 """report.html: one file that shows a run.
 
-read.py           the files of a run folder, with what is missing
-series.py         metrics.jsonl -> curves       curves.py   which curves a stage has
-axes.py           scales and ticks              chart.py    a chart as SVG
-head.py, answers.py, data.py, mask.py, plan.py, evaluation.py, provenance.py    a section each
-words.py          figures as people read them   page.py     the sections -> HTML, by templates/
+    read.py           the files of a run folder, with what is missing
+    series.py         metrics.jsonl -> curves       curves.py   which curves a stage has
+    axes.py           scales and ticks              chart.py    a chart as SVG
+    tables.py         a table, also of parts that have no name here
+    audits.py         memorisation and comparisons
+    head.py, answers.py, data.py, mask.py, plan.py, evaluation.py, provenance.py    a section each
+    words.py          figures as people read them   page.py     the sections -> HTML, by templates/
+
+Nothing here measures or decides: what a page says stands in the run folder.
 """
 
 from __future__ import annotations
