@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune import console
 from gemma_tune.commands.figures import held_out
 from gemma_tune.commands.train import print_answers, quieten, unseen
-from gemma_tune.errors import UserError
+from gemma_tune.errors import AccessError, UserError
 from gemma_tune.export.card_results import FIGURES
 
 if TYPE_CHECKING:
@@ -63,13 +64,29 @@ def run(targets: Sequence[str], wanted: Wanted) -> int:
         check_kind(target, wanted)
         read(file_of(target, wanted))  # what is there must be an evaluation: said before anything is measured
     recipe = read_plan_of(wanted.recipe) if wanted.recipe else None
-    if wanted.compare:
-        documents = [compare(found[0], found[1], recipe, wanted)]
-    else:
-        documents = [evaluate(target, recipe, wanted) for target in found]
+    with memory_errors():
+        if wanted.compare:
+            documents = [compare(found[0], found[1], recipe, wanted)]
+        else:
+            documents = [evaluate(target, recipe, wanted) for target in found]
     if wanted.as_json:
         print(json.dumps(documents if len(documents) > 1 else documents[0], indent=2, ensure_ascii=False))
     return 0
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Say what to do where a GPU is too small."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise AccessError(
+            "the GPU has not enough memory for this",
+            where=str(exc).splitlines()[0][:200] if str(exc) else "",
+            fix="end what else is on it; or set CUDA_VISIBLE_DEVICES= to evaluate on the CPU, which takes its time",
+        ) from exc
 
 
 def check_options(targets: Sequence[str], wanted: Wanted) -> None:
@@ -79,15 +96,11 @@ def check_options(targets: Sequence[str], wanted: Wanted) -> None:
         UserError: see the text.
     """
     tasked = bool(wanted.tasks or wanted.suite)
-    leave_out = "name one of them, or leave it out"
+    leave_out, alone = "name one of them, or leave it out", wanted.compare and (tasked or wanted.memorisation)
     broken: dict[str, list[tuple[bool, str, str]]] = {
         "--compare": [
             (wanted.compare and len(targets) != 2, f"needs two targets, and {len(targets)} came", "name RUN_A RUN_B"),
-            (
-                wanted.compare and (tasked or wanted.memorisation),
-                "compares held-out rows, and task items that were measured before",
-                "evaluate each with --tasks first",
-            ),
+            (alone, "compares held-out rows, and task items measured before", "evaluate each with --tasks first"),
         ],
         "--output": [
             (

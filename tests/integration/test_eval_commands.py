@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gemma_tune.cli import main
 from tests.integration.test_kto_tiny import kto_recipe
@@ -363,3 +364,14 @@ def test_a_run_whose_plan_says_nothing_of_prompts_and_passes_as_those_on_tpus(sf
     expected = document(run / "run.json")["results"]["tuned"]["loss"]
     assert found["held_out"]["tuned"]["loss"] == pytest.approx(expected, rel=1e-6)
     assert found["answers"] and all(row["held_out"] for row in found["answers"])
+
+
+def test_a_gpu_that_is_too_small_is_no_bug(
+    sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def measure(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("gemma_tune.evaluation.measure.measure", measure)
+    assert main(["eval", str(copy_of(sft, tmp_path))]) == 3
+    assert "not enough memory" in capsys.readouterr().err
