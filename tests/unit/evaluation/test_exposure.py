@@ -74,7 +74,7 @@ def test_what_is_certain_of_a_secret_by_heart_is_the_whole_space() -> None:
     [(0, 4, 0.0, 0.4899), (4, 4, 0.5101, 1.0), (1, 10, 0.0179, 0.4042), (50, 100, 0.4038, 0.5962), (0, 0, 0.0, 1.0)],
 )
 def test_wilson(hits: int, trials: int, low: float, high: float) -> None:
-    """As R's `binom::binom.wilson` and statsmodels give them."""
+    """As scipy.stats.binomtest gives them."""
     assert wilson(hits, trials) == pytest.approx((low, high), abs=1e-4)
 
 
