@@ -96,7 +96,7 @@ def evaluate(
         with local_datasets(include_path):
             results = simple_evaluate(
                 model=lm,
-                tasks=load_tasks(manager, names, shots),
+                tasks=load_tasks(manager, names, shots, include_path),
                 task_manager=manager,
                 num_fewshot=shots,
                 limit=limit,
@@ -250,7 +250,7 @@ def needed_packages() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's notes and bars of `datasets` are left out, and what is printed goes to stderr: stdout is for results."""
+    """lm-eval's notes and bars of `datasets` are left out; what is printed goes to stderr, as stdout is for results."""
     import datasets
 
     logger, bars = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled()

@@ -164,21 +164,35 @@ def check_consent(manager: TaskManager, names: Sequence[str]) -> bool:
     return allowed
 
 
-def load_tasks(manager: TaskManager, names: Sequence[str], shots: int | None) -> list[Any]:
+def load_tasks(manager: TaskManager, names: Sequence[str], shots: int | None, include_path: str | None) -> list[Any]:
     """The tasks and groups that `names` mean, with their datasets; a tag means each of its tasks.
 
     Raises:
-        UserError: there are no rows to ask, or fewer than the shots to show.
+        UserError: rows or YAML of the user do not go together; or there are fewer rows than shots to show.
+        AccessError: what a task loads while it is read cannot be had (a metric of `evaluate`).
     """
-    with explained(", ".join(names), repo_type="dataset"):  # a metric of `evaluate`, fetched where the task is read
-        built = manager.load(list(dict.fromkeys(names)))
+    asked = ", ".join(names)
+    try:
+        with explained(asked, repo_type="dataset"):
+            built = manager.load(list(dict.fromkeys(names)))
+    except (LookupError, TypeError, ValueError, AttributeError) as exc:
+        if include_path is None:
+            raise
+        raise UserError(
+            f"lm-eval cannot build the task from these rows: {type(exc).__name__}: {' '.join(str(exc).split())}",
+            where=asked,
+            fix="give the rows the splits and columns that its YAML file names; --debug shows where it stopped",
+        ) from exc
     for name, task in built["tasks"].items():
         own = task.get_config("num_fewshot")
         wanted = own if shots is None or own == 0 else shots
-        if not len(task.eval_docs):
-            raise UserError("it has no rows to ask", where=name, fix=_splits(task))
         if wanted and len(list(task.fewshot_docs() or ())) < wanted:
-            raise UserError(f"it has fewer than {wanted} rows to show as shots", where=name, fix=_splits(task))
+            split = task.get_config("fewshot_split") or task.get_config("training_split")
+            raise UserError(
+                f"it has fewer than {wanted} rows to show as shots",
+                where=name,
+                fix=f"give it rows of the split '{split}', or fewer --shots",
+            )
     top: dict[str, Any] = {}
     for name, entry in parts(manager, names):
         if name in names and name in built["groups"]:
@@ -186,12 +200,6 @@ def load_tasks(manager: TaskManager, names: Sequence[str], shots: int | None) ->
         elif name in built["tasks"] and (name in names or entry.tags & set(names)):
             top[name] = built["tasks"][name]
     return list(top.values())
-
-
-def _splits(task: Any) -> str:
-    asked = task.get_config("test_split") or task.get_config("validation_split")
-    shown = task.get_config("fewshot_split") or task.get_config("training_split") or asked
-    return f"give it the split '{asked}' to ask, and '{shown}' to take shots from"
 
 
 @contextmanager
