@@ -202,6 +202,64 @@ def layer_peaks(peaks: Mapping[str, float]) -> list[float]:
     return [peaks[name] for name in peaks if name.removeprefix("model.layers.").isdigit()]
 
 
+# --- how small gradients may become ---------------------------------------------------------------------------------
+
+FACTORS = (7, 4, 0, -4, -8, -10, -12)
+
+
+def underflow() -> str:
+    """The gradient of an adapter in `fp16_rescaled` against fp32, by the factor on the loss of one token: a table."""
+    from gemma_tune.models.remedies import import_bitsandbytes
+
+    import_bitsandbytes()
+    import torch
+
+    from gemma_tune.gemma.families import FAMILIES, RESIDUAL_EXPONENT
+    from gemma_tune.models.load import load_base
+    from gemma_tune.models.lora import attach
+    from gemma_tune.models.reference import QUICKSTART
+    from gemma_tune.models.tokenizer import load_tokenizer
+    from gemma_tune.train.loss_head import FrozenHeadLogProbs
+    from tests.half_products import HalfProducts
+
+    family = FAMILIES["gemma3_text"]
+    text = "The sea is wide and deep, and when the wind comes from the north, the old ships stay in the harbour. " * 2
+    row = load_tokenizer(QUICKSTART, None, family)(text, return_tensors="pt")["input_ids"][:, :48]
+
+    def adapted(dtype: str, exponent: int = 0) -> Any:
+        torch.manual_seed(0)
+        base = load_base({"name": QUICKSTART, "dtype": dtype, "residual_exponent": exponent}, {}, family, device="cpu")
+        lora = {"target_modules": family.lora_targets["all-linear"], "r": 4, "task_type": "CAUSAL_LM"}
+        model = attach(base, lora, family)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.003)
+        return model.train()
+
+    def gradient(model: Any, factor: float) -> Any:
+        model.zero_grad()
+        base = model.get_base_model()
+        with HalfProducts():  # which leaves fp32 alone
+            hidden = base.base_model(input_ids=row).last_hidden_state[0, :-1]
+            scored = FrozenHeadLogProbs.apply(hidden, base.get_output_embeddings().weight, row[0, 1:], None)[0]
+            (-scored.sum() * factor).backward()
+        flat = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
+        return torch.cat(flat).double() / factor
+
+    exact = gradient(adapted("float32"), 1.0)
+    small = adapted("float16", RESIDUAL_EXPONENT)
+    found = {f"2^{power}": gradient(small, 2.0**power) for power in FACTORS}
+    found["bf16"] = gradient(adapted("bfloat16"), 1.0)
+    cells = [f"{float((one - exact).norm() / exact.norm()):.2g}" for one in found.values()]
+    return "\n".join(
+        [
+            f"| factor | {' | '.join(found)} |",
+            "|---" * (len(found) + 1) + "|",
+            f"| relative difference | {' | '.join(cells)} |",
+        ]
+    )
+
+
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +329,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--columns", default=",".join(COLUMNS))
+    parser.add_argument("--underflow", action="store_true", help="only how small gradients may become")
     chosen = parser.parse_args()
+    if chosen.underflow:
+        print(underflow())
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = {}
