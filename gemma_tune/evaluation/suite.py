@@ -46,10 +46,12 @@ def run_suite(
         name: key of `SUITES`.
 
     Returns:
-        As `harness.run_tasks`, with `card` filled in: `{"row", "figure": {"2B", "7B"} in percent, None where the card
-        has a blank, "stated": whether the card states the shots, "says", "metric", "own": our figure in the card's
-        unit, "safety", "note", "source"}`. Tasks that did not run have no metrics, 0 items and `skipped`, the reason.
-        A task of two rows (BBQ) has a second entry, called `<task> (<row>)`.
+        As `harness.run_tasks`, with `card` filled in: `{"row", "metric": which of the metrics is beside it, "figure":
+        the card's in the unit of that metric, for the size of the card that is nearest to this model, "size",
+        "printed": {"2B", "7B"} as the card has them, None where it has a blank, "own": ours in that unit, "stated":
+        whether the card states the shots, "says", "safety", "note", "source"}`. Tasks that did not run have no
+        metrics, 0 items and `skipped`, the reason. A task of two rows (BBQ) has a second entry, called
+        `<task> (<row>)`.
 
     Raises:
         UserError: there is no such suite.
@@ -59,23 +61,24 @@ def run_suite(
         raise UserError(f"there is no suite '{name}'", where="--suite", fix=f"use {' or '.join(SUITES)}")
     check_folder(include_path)
     lm = open_lm(model, tokenizer, family, batch_size=batch_size)
+    size = nearest_size(sum(parameter.numel() for parameter in model.parameters()))
     found: dict[str, Any] = {}
     rows: list[Any] = []
     for row in SUITES[name]:
         task = row.chat_task if chat and row.chat_task else row.task
         if task in found:
             again = {key: value for key, value in found[task].items() if key != "parts"}
-            found[f"{task} ({row.card})"] = again | {"card": beside(row, again["metrics"])}
+            found[f"{task} ({row.card})"] = again | {"card": beside(row, again["metrics"], size)}
             continue
         try:
             check_key(row)
             run = evaluate(lm, [task], include_path=include_path, shots=row.shots, limit=limit, chat=chat)
         except (AccessError, UserError) as error:
             entry: dict[str, Any] = {"metrics": {}, "shots": row.shots, "items": 0, "chat": chat, "version": None}
-            found[task] = entry | {"skipped": _reason(error), "card": beside(row, {})}
+            found[task] = entry | {"skipped": _reason(error), "card": beside(row, {}, size)}
             continue
         rows += run.pop("rows")
-        found[task] = run[task] | {"card": beside(row, run[task]["metrics"])}
+        found[task] = run[task] | {"card": beside(row, run[task]["metrics"], size)}
     if all("skipped" in entry for entry in found.values()):
         first = next(iter(found.values()))["skipped"]
         raise AccessError(
@@ -98,17 +101,25 @@ def check_key(row: Row) -> None:
         )
 
 
-def beside(row: Row, metrics: Mapping[str, float]) -> dict[str, Any]:
+def nearest_size(parameters: int) -> str:
+    """Which of the card's columns is nearer, of the models that it calls 2B (2.51e9 parameters) and 7B (8.54e9)."""
+    return "2B" if parameters < (2.51e9 * 8.54e9) ** 0.5 else "7B"
+
+
+def beside(row: Row, metrics: Mapping[str, float], size: str) -> dict[str, Any]:
     """What the card says, and our figure in its unit."""
     own = metrics.get(row.metric)
-    small, large = row.figures
+    printed = dict(zip(("2B", "7B"), row.figures, strict=True))
+    figure = printed[size]
     return {
         "row": row.card,
-        "figure": {"2B": small, "7B": large},
+        "metric": row.metric,
+        "figure": None if figure is None else round(figure / row.scale, 6),
+        "size": size,
+        "printed": printed,
+        "own": None if own is None else own * row.scale,
         "stated": row.shots_stated,
         "says": row.stated,
-        "metric": row.metric,
-        "own": None if own is None else own * row.scale,
         "safety": row.safety,
         "note": row.note,
         "source": SOURCE,
@@ -143,7 +154,7 @@ def render(found: Mapping[str, Any]) -> list[str]:
 
 def _row(name: str, entry: Mapping[str, Any]) -> str:
     card = entry["card"]
-    small, large = (_figure(card["figure"][size], "blank") for size in ("2B", "7B"))
+    small, large = (_figure(card["printed"][size], "blank") for size in ("2B", "7B"))
     said = card["says"] if card["stated"] else "; ".join(filter(None, (card["says"], f"shots {NOT_STATED}")))
     shots = "" if entry["shots"] is None else str(entry["shots"])
     return _line(card["row"], name.split(" ")[0], shots, _figure(card["own"]), small, large, said)

@@ -76,7 +76,8 @@ def test_the_suite_on_local_stand_ins(opened: Any, monkeypatch: pytest.MonkeyPat
     assert ran == {"hellaswag", "arc_easy", "bold", "winobias_type1", "winobias_type2"}
     assert {row["task"] for row in rows} >= ran - {"bold"}
     card = found["hellaswag"]["card"]
-    assert (card["figure"], card["stated"]) == ({"2B": 71.4, "7B": 81.2}, True)
+    assert (card["printed"], card["size"], card["stated"]) == ({"2B": 71.4, "7B": 81.2}, "2B", True)
+    assert (card["figure"], card["metric"]) == (0.714, "acc_norm")
     assert card["own"] == pytest.approx(100 * found["hellaswag"]["metrics"]["acc_norm"])
     assert (
         "HF_ALLOW_CODE_EVAL=1" in found["humaneval"]["skipped"] and "HF_ALLOW_CODE_EVAL=1" in found["mbpp"]["skipped"]
@@ -84,7 +85,7 @@ def test_the_suite_on_local_stand_ins(opened: Any, monkeypatch: pytest.MonkeyPat
     assert "PERSPECTIVE_API_KEY" in found["realtoxicityprompts"]["skipped"]
     assert found["mmlu"]["skipped"].startswith("offline mode is set")
     assert (found["mmlu"]["metrics"], found["mmlu"]["items"]) == ({}, 0)
-    assert found["bbq (BBQ Disambig)"]["card"]["figure"]["7B"] == 85.08
+    assert found["bbq (BBQ Disambig)"]["card"]["printed"]["7B"] == 85.08
 
     lines = suite.render(found)
     line = {name: next(one for one in lines if one.startswith(name)) for name in NOT_STATED | {"MMLU", "BOLD"}}
@@ -105,8 +106,14 @@ def test_the_suite_in_conversations(opened: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_both_rows_of_bbq_come_from_one_run() -> None:
     bbq = [row for row in GEMMA_CARD if row.task == "bbq"]
-    found = [suite.beside(row, {"accuracy_amb": 0.5, "accuracy_disamb": 0.25})["own"] for row in bbq]
+    found = [suite.beside(row, {"accuracy_amb": 0.5, "accuracy_disamb": 0.25}, "7B")["own"] for row in bbq]
     assert found == [50, 25]
+
+
+def test_the_nearest_size_of_the_card() -> None:
+    assert [suite.nearest_size(count) for count in (268_000_000, 2_506_172_416, 8_537_680_896)] == ["2B", "2B", "7B"]
+    bold = next(row for row in GEMMA_CARD if row.card == "BOLD")
+    assert [suite.beside(bold, {}, size)["figure"] for size in ("2B", "7B")] == [0.4776, None]
 
 
 def test_nothing_that_could_run_is_an_error(opened: Any, tmp_path: Path) -> None:
