@@ -21,7 +21,7 @@
 # `MACHINE` to `cpu`, and `EXTRA` to
 #
 #     data.sources.0.name=sample:english_quotes data.holdout=8 data.max_length=256 batch.size=1
-#     optim.learning_rate=2e-3 optim.epochs=2 evaluation.every=9 samples.max_new_tokens=48
+#     optim.learning_rate=2e-3 optim.epochs=3 evaluation.every=9 samples.max_new_tokens=48
 #
 # The tests run this notebook from the first cell to the last, on that 270M and a CPU. On a T4 nobody has
 # measured it yet.
