@@ -127,8 +127,8 @@ def secret_log_probs(
     device = next(model.parameters()).device
     found: list[float] = []
     with eval_mode(model):
-        # All logits: for the last alone torch 2.13 copies a frozen head on a CPU, which takes ten times as long.
-        begun = model(input_ids=torch.tensor([rows[0][: start - 1]], device=device), use_cache=True)
+        read = torch.tensor([rows[0][: start - 1]], device=device)
+        begun = model(input_ids=read, use_cache=True, logits_to_keep=1)
         for place in range(0, len(rows), _TOGETHER):
             some = [row[start - 1 :] for row in rows[place : place + _TOGETHER]]
             found += _scored(model, some, begun.past_key_values, family.pad_id, device)
