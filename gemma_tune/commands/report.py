@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gemma_tune import console
-from gemma_tune.errors import Aborted, GemmaTuneError, UserError
+from gemma_tune.errors import Aborted, AccessError, GemmaTuneError, UserError
 
 
 def run(folder: str, output: str | None) -> int:
@@ -19,6 +19,7 @@ def run(folder: str, output: str | None) -> int:
 
     Raises:
         UserError: there is no run here, or `output` is a folder.
+        AccessError: the file cannot be written.
     """
     from gemma_tune.report import write_report
 
@@ -27,7 +28,15 @@ def run(folder: str, output: str | None) -> int:
         raise UserError("is a folder", where=output or "", fix=f"name a file: --output {output}/report.html")
     if target is not None and not target.absolute().parent.is_dir():
         raise UserError("this folder does not exist", where=str(target.parent), fix="make it, or name another file")
-    console.out(f"report: {write_report(Path(folder), target)}")
+    try:
+        console.out(f"report: {write_report(Path(folder), target)}")
+    except OSError as exc:
+        where = target or Path(folder)
+        raise AccessError(
+            f"the report cannot be written: {exc.strerror or exc}",
+            where=str(where),
+            fix="free some space, or write it elsewhere: --output FILE",
+        ) from exc
     return 0
 
 

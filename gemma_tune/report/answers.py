@@ -68,10 +68,11 @@ def make_answers(
     """
     rows = list(samples) or _of_results(record)
     last = (record.get("results") or {}).get("steps")
-    groups: dict[tuple[str, Any], dict[int, Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str | None], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         if is_number(row.get("step")) and isinstance(row.get("prompt"), str):
-            groups.setdefault((row["prompt"], row.get("reference")), {})[int(row["step"])] = row
+            reference = row["reference"] if isinstance(row.get("reference"), str) else None
+            groups.setdefault((row["prompt"], reference), {})[int(row["step"])] = row
     steps = sorted({step for group in groups.values() for step in group})
     chosen = _spread(steps[1:-1], between)
     shown = []
@@ -82,7 +83,7 @@ def make_answers(
             Prompt(
                 text=cut(text, characters),
                 held_out=any(row.get("held_out") for row in group.values()),
-                reference=cut(reference, characters) if isinstance(reference, str) else "",
+                reference=cut(reference or "", characters),
                 sides=tuple(_said(group[step], step, last, characters) for step in ends),
                 between=tuple(
                     _said(group[step], step, last, characters) for step in order if step in chosen and step not in ends
@@ -121,4 +122,4 @@ def _said(row: Mapping[str, Any], step: int, last: Any, characters: int) -> Said
     about = f"{row['tokens']:,} tokens" if is_number(row.get("tokens")) else ""
     if is_number(row.get("score")):
         about += f", score {figure(row['score'], 3)}"
-    return Said(when, cut(squeezed(row.get("answer") or ""), characters), ended, about)
+    return Said(when, cut(squeezed(str(row.get("answer") or "")), characters), ended, about)

@@ -75,7 +75,7 @@ def svg(chart: Chart, width: int, height: int) -> Markup:
     names = [one.name for one in chart.series] if len(chart.series) > 1 else []
     right = width - 12 - max((len(name) for name in names), default=0) * _LETTER
     y = _value_scale(chart, height)
-    left = 8 + max(len(text) for _, text in y.ticks) * _LETTER
+    left = 8 + max(map(_letters, (text for _, text in y.ticks))) * _LETTER
     x = _step_scale(chart, left, right, width)
     parts: list[str] = [*_grid(x, y, left, right, height)]
     parts += _marks(chart, y, left, right)
@@ -89,6 +89,11 @@ def svg(chart: Chart, width: int, height: int) -> Markup:
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(summary(chart))}" '
         f"{limits}>{''.join(parts)}</svg>"
     )
+
+
+def _letters(text: str) -> float:
+    """Width of a label in letters: a percent sign and a minus are wider than a digit."""
+    return len(text) + 0.8 * text.count("%") + 0.4 * text.count("−")
 
 
 def _value_scale(chart: Chart, height: int) -> axes.Scale:

@@ -75,7 +75,7 @@ def make_data(files: RunFiles) -> Data:
         sources=tuple(listed[:SHOWN]),
         events=tuple(events[:SHOWN]),
         rows=tuple(_row_shares(report)),
-        tokens=tuple(_token_shares(report)),
+        tokens=tuple(_token_shares(report, str(files.record.get("stage")))),
         facts=tuple(_facts(files, data, report)),
         remarks=tuple(map(str, (report.get("remarks") or ())[:SHOWN])),
         left_out=max(0, len(listed) - SHOWN) + max(0, len(events) - SHOWN),
@@ -110,11 +110,13 @@ def _row_shares(report: Mapping[str, Any]) -> list[Share]:
     ]
 
 
-def _token_shares(report: Mapping[str, Any]) -> list[Share]:
+def _token_shares(report: Mapping[str, Any], stage: str) -> list[Share]:
+    """Of a reward model the answers: its loss is read at their last token alone."""
     tokens, trained = report.get("tokens"), report.get("trained_tokens")
     if not is_number(tokens) or not is_number(trained) or not tokens:
         return []
-    parts = [("carry loss", trained, "tuned"), ("are read only", tokens - trained, "rest")]
+    names = ("in answers", "in prompts") if stage == "reward" else ("carry loss", "are read only")
+    parts = [(names[0], trained, "tuned"), (names[1], tokens - trained, "rest")]
     return [
         Share(name, f"{count(number)} {name} ({share(number / tokens)})", 100 * number / tokens, kind)
         for name, number, kind in parts

@@ -241,9 +241,14 @@ _OF_STAGE: dict[str, Callable[[Results, Results, Results], list[Figure | None]]]
 # --- what to do next ------------------------------------------------------------------------------------------------
 
 
+def quoted(files: RunFiles) -> str:
+    """The run folder as a shell takes it."""
+    return shlex.quote(str(files.folder))
+
+
 def commands(files: RunFiles) -> list[Command]:
     """What to type next, depending on how the run ended."""
-    run = shlex.quote(str(files.folder))
+    run = quoted(files)
     found = []
     if files.record.get("status") != "finished":
         resume = resume_command(files)
@@ -251,7 +256,9 @@ def commands(files: RunFiles) -> list[Command]:
     if not (files.record.get("results") or {}).get("weights"):
         return found
     if files.record.get("stage") == "reward":
-        found.append(Command("rate answers with it, in Python", f"gemma_tune.models.reward.load_reward({run!r})"))
+        found.append(
+            Command("rate answers with it, in Python", f"gemma_tune.models.reward.load_reward({str(files.folder)!r})")
+        )
     else:
         found.append(Command("talk to it", f"gemma-tune chat {run}"))
     found.append(Command("measure it", f"gemma-tune eval {run}"))

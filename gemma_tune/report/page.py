@@ -88,6 +88,7 @@ def _content(files: RunFiles, limits: Limits) -> dict[str, Any]:
         "script_hash": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         "style": Markup(style),
         "folder": str(files.folder),
+        "quoted_folder": head.quoted(files),
         "title": head.title(files),
         "subtitle": head.subtitle(files),
         "status_kind": kind,

@@ -13,6 +13,8 @@ from gemma_tune.report.words import count, cut, is_number, share, size, value
 
 DRAWN = 4
 """Terms of the estimate that have a part of the bar of their own."""
+CUDA = "CUDA and allocator"
+"""The term of `plan/memory.py` for what is on a GPU beside torch's tensors."""
 VALUE, REASON = 400, 300
 """Characters of a value and of a reason that are shown."""
 
@@ -132,7 +134,7 @@ def make_memory(files: RunFiles) -> Memory | None:
         room=size(room) if room else "",
         measured_width=100 * measured / widest if measured else None,
         room_width=100 * drawn / widest if drawn else None,
-        verdict=_verdict(estimate, measured),
+        verdict=_verdict(estimate, measured) + _uncounted(terms, measured),
     )
 
 
@@ -156,6 +158,14 @@ def _verdict(estimate: int, measured: int | None) -> str:
     if abs(off) < 0.01:
         return "The measured peak is what was estimated."
     return f"The measured peak is {share(abs(off))} {'above' if off > 0 else 'below'} the estimate."
+
+
+def _uncounted(terms: list[Mapping[str, Any]], measured: int | None) -> str:
+    """torch's peak is what torch has allocated: the estimate's term of CUDA is nowhere in it."""
+    own = next((term["bytes"] for term in terms if term.get("name") == CUDA), None)
+    if measured is None or own is None:
+        return ""
+    return f" {size(own)} of the estimate is for CUDA and the allocator, which torch's peak hardly counts."
 
 
 def notes(plan: Mapping[str, Any]) -> list[str]:

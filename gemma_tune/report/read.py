@@ -39,6 +39,16 @@ class RunFiles:
     gaps: tuple[str, ...]
 
 
+_KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("data", "results", "model", "machine", "template", "git", "versions"), dict),
+    **dict.fromkeys(("data.report", "results.base", "results.tuned", "results.peak_memory"), dict),
+    **dict.fromkeys((f"data.report.{name}" for name in ("read", "dropped", "repaired", "noted", "first")), dict),
+    **dict.fromkeys((f"data.report.{name}" for name in ("pairs", "judged", "prompts")), dict),
+    **dict.fromkeys(("segments", "command", "memory", "notes", "data.preview", "data.report.remarks"), list),
+}
+"""Kinds of the parts of run.json and plan.json that others are looked for in; null is as good as missing."""
+
+
 def mapping(found: Any) -> Mapping[str, Any]:
     """`found` where it is a JSON object, else an empty one."""
     return found if isinstance(found, Mapping) else {}
@@ -62,8 +72,8 @@ def load_run_files(folder: Path) -> RunFiles:
     evaluated = (folder / "evaluation.json").is_file()
     return RunFiles(
         folder=folder,
-        record=record,
-        plan=_document(folder / "plan.json", gaps),
+        record=_sound(record, "run.json", gaps),
+        plan=_sound(_document(folder / "plan.json", gaps), "plan.json", gaps),
         metrics=_lines(folder / "metrics.jsonl", gaps),
         samples=_lines(folder / "samples.jsonl", gaps) if (folder / "samples.jsonl").is_file() else [],
         recipe=_text(folder / "recipe.yaml", gaps),
@@ -84,12 +94,24 @@ def _document(path: Path, gaps: list[str]) -> dict[str, Any]:
     text = _text(path, gaps)
     try:
         found = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         gaps.append(f"{path.name} is not the JSON that a run writes")
         return {}
     return found
+
+
+def _sound(found: dict[str, Any], name: str, gaps: list[str], before: str = "") -> dict[str, Any]:
+    """`found` without the parts that are of another kind than a run writes, each of which is a gap."""
+    kept = {}
+    for key, item in found.items():
+        kind = _KINDS.get(f"{before}{key}")
+        if kind is not None and item is not None and not isinstance(item, kind):
+            gaps.append(f"{name}: `{before}{key}` is not what a run writes, and is left out")
+        else:
+            kept[key] = _sound(item, name, gaps, f"{before}{key}.") if kind is dict and item is not None else item
+    return kept
 
 
 def _lines(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
@@ -99,12 +121,13 @@ def _lines(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
             rows.append(row)
         else:
             bad += 1
     if bad:
-        gaps.append(f"{path.name}: {bad:,} lines cannot be read and are left out")
+        many = f"{bad:,} lines cannot be read and are" if bad > 1 else "1 line cannot be read and is"
+        gaps.append(f"{path.name}: {many} left out")
     return rows

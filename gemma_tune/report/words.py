@@ -13,11 +13,14 @@ NONE = "–"
 GIB = 2**30
 MIB = 2**20
 
+LARGEST = 1e300
+"""Beyond it no run measures anything, and the difference of two values could be infinite."""
+
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a finite number: JSON has null where a figure was none, and True is no figure."""
+    """Whether `value` can be reckoned with: JSON has null where a figure was none, and True is no figure."""
     kind = type(value)
-    return (kind is float or kind is int) and -math.inf < value < math.inf
+    return (kind is float or kind is int) and -LARGEST < value < LARGEST
 
 
 def count(value: Any) -> str:

@@ -171,7 +171,46 @@ def test_a_line_that_was_cut_is_counted(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 61, "lo')
-    assert "metrics.jsonl: 1 lines cannot be read" in page_of(run).text
+    assert "metrics.jsonl: 1 line cannot be read and is left out" in page_of(run).text
+
+
+def test_what_no_run_writes_is_left_out_and_named(tmp_path: Path) -> None:
+    """A record of other kinds, numbers that no float holds, documents deeper than Python reads."""
+    run = make_run(tmp_path)
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{{"step": 61, "loss": 1{"0" * 400}}}\n{{"step": 62, "loss": 1e308}}\n{"[" * 100_000}\n')
+    with open(run / "samples.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 60, "prompt": "odd", "answer": 7, "reference": ["x"]}\n')
+    (run / "evaluation.json").write_text('{"x":' * 100_000, encoding="utf-8")
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record |= {"machine": "a laptop", "segments": 3}
+    record["data"]["report"]["first"] = "row 7"
+    write(run / "run.json", record)
+    text = page_of(run).text
+    for part in ("machine", "segments", "data.report.first"):
+        assert f"run.json: `{part}` is not what a run writes, and is left out" in text
+    assert "2 steps have no finite value (training): 61, 62" in text
+    assert "metrics.jsonl: 1 line cannot be read" in text and "evaluation.json is not the JSON" in text
+    assert "Held-out loss" in text and "odd" in text
+
+
+def test_commands_of_a_folder_with_a_blank_can_be_typed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "my run", "reward")
+    text = page_of(run).text
+    assert f"load_reward({str(run)!r})" in text and text.count(f"gemma-tune eval '{run}'") >= 2
+    assert "12,000 in answers (60 %)" in text, "the loss of a reward model is read at one token of an answer"
+
+
+def test_a_report_that_cannot_be_written_is_no_bug_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemma_tune.commands import report
+    from gemma_tune.errors import AccessError
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gemma_tune.train.checkpoint.write_atomically", full)
+    with pytest.raises(AccessError, match="No space left on device"):
+        report.run(str(make_run(tmp_path)), None)
 
 
 def test_values_that_are_not_finite_are_shown_as_such(tmp_path: Path) -> None:
@@ -271,4 +310,7 @@ def test_memory_is_held_against_what_was_measured(tmp_path: Path) -> None:
     write(run / "plan.json", plan)
     text = page_of(run).text
     assert "measured peak 8.38 GiB" in text and "estimated 9.31 GiB" in text
-    assert "The measured peak is 10 % below the estimate." in text
+    assert "The measured peak is 10 % below the estimate." in text and "for CUDA" not in text
+    plan["memory"].append({"name": "CUDA and allocator", "bytes": 2**30, "formula": "assumption"})
+    write(run / "plan.json", plan)
+    assert "1.00 GiB of the estimate is for CUDA and the allocator" in page_of(run).text
