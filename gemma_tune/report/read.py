@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import UserError
+from gemma_tune.train.provenance import redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,9 @@ def load_run_files(folder: Path) -> RunFiles:
 
 
 def _text(path: Path, gaps: list[str]) -> str:
+    """The file, its secrets masked as in run.json: answers and held-out rows were written as they are."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return redact(path.read_text(encoding="utf-8", errors="replace"))
     except OSError as exc:
         gaps.append(f"{path.name} is missing" if not path.exists() else f"{path.name}: {exc.strerror}")
         return ""
