@@ -203,9 +203,11 @@ def in_colab() -> bool:
 def take_secret() -> str:
     """Colab's secret HF_TOKEN -> the environment variable, where every command looks for it. Returns what to print."""
     userdata = import_module("google.colab.userdata")
+    # Newer versions have the last: secrets come from the browser, and other front ends do not answer.
+    names = ("SecretNotFoundError", "NotebookAccessError", "TimeoutException")
     try:
         token = userdata.get("HF_TOKEN").strip()
-    except (userdata.SecretNotFoundError, userdata.NotebookAccessError) as error:
+    except tuple(getattr(userdata, name) for name in names if hasattr(userdata, name)) as error:
         return f"no token: {error} (the key symbol on the left). Models on the hub that are gated will be refused"
     if not token:
         return "no token: the secret HF_TOKEN is empty"
@@ -219,9 +221,10 @@ def mount_drive() -> None:
     Raises:
         AccessError: it cannot be mounted.
     """
+    refused = import_module("google.colab.errors").Error  # the browser's window was closed or its answer was no
     try:
         import_module("google.colab.drive").mount(str(DRIVE))
-    except ValueError as error:  # how google.colab says that it was refused or timed out
+    except (ValueError, refused) as error:  # the first: it timed out, or the folder is in use
         fix = "allow it, or set DRIVE = False: then a disconnect loses the run"
         raise AccessError(f"Google Drive: {error}", fix=fix) from None
     ON_DRIVE.mkdir(parents=True, exist_ok=True)

@@ -248,7 +248,9 @@ def _open_like(saved: Saved, plan: Plan) -> tuple[Any, Any, Family]:
     how = {key: value for key, value in plan.values("quantization").items() if key != "llm_int8_skip_modules"}
     if "bnb_4bit_compute_dtype" in how:
         how["bnb_4bit_compute_dtype"] = dtype
-    chosen = {"dtype": dtype, "residual_exponent": residual_exponent_of(dtype, family)}
+    planned = plan.values("model")
+    exponent = planned.get("residual_exponent", 0) if planned["dtype"] == dtype else 0
+    chosen = {"dtype": dtype, "residual_exponent": residual_exponent_of(dtype, family, exponent)}
     model = load_base({**chosen, "name": saved.name, "revision": saved.revision}, how, family)
     return model, load_tokenizer(saved.name, saved.revision, family), family
 

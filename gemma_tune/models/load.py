@@ -192,9 +192,18 @@ def dtype_of_machine(family: Family) -> str:
     return "float32" if family.fp16 == "never" else "float16"
 
 
-def residual_exponent_of(dtype: str, family: Family) -> int:
-    """For a model without a plan: `residual_exponent` of its model section, which keeps it finite in `dtype`."""
-    return RESIDUAL_EXPONENT if dtype == "float16" and family.fp16 == "rescaled" else 0
+def residual_exponent_of(dtype: str, family: Family, planned: int = 0) -> int:
+    """`residual_exponent` of the model section of what is opened again, which keeps it finite in `dtype`.
+
+    Args:
+        dtype: the type it is opened in.
+        family: its generation.
+        planned: that of the training's plan, where it is opened in the type that was trained in. A full fine-tune in
+            fp16 has weights in fp32, and overflows under the autocast in which it is evaluated, as in its training.
+    """
+    if family.fp16 != "rescaled":
+        return 0
+    return RESIDUAL_EXPONENT if dtype == "float16" else planned
 
 
 def on_gpu() -> bool:

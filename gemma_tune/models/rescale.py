@@ -60,7 +60,7 @@ def rescale_residual(model: PreTrainedModel, family: Family, exponent: int) -> N
     trunk: Any = model.base_model
     if trunk is not decoder:
         trunk.multi_modal_projector.register_forward_hook(lambda _, inputs, output: output * scale)
-    trunk.register_forward_pre_hook(_only_own_embeddings(decoder, embeddings), with_kwargs=True)
+    trunk.register_forward_pre_hook(_only_what_was_changed(decoder, embeddings, norms), with_kwargs=True)
 
 
 def _norms(decoder: Any) -> Iterator[tuple[str, Any]]:
@@ -110,8 +110,15 @@ def _scale_output(norm: Any, scale: float) -> None:
     norm._norm = scaled
 
 
-def _only_own_embeddings(decoder: Any, embeddings: nn.Module) -> Any:
-    """A hook before the trunk, which refuses embeddings that do not come out of the hooked module."""
+def _only_what_was_changed(decoder: Any, embeddings: nn.Module, norms: dict[str, Any]) -> Any:
+    """A hook before the trunk, which refuses embeddings that do not come out of the hooked module, and other norms.
+
+    Liger (0.8, `_patch_rms_norm_module`) and kernels of the hub give a norm of a loaded model another `forward`, which
+    does not call `_norm`: what the layers add to the small stream would be large again.
+    """
+    import torch
+
+    ours = {name: (norm, vars(norm).get("forward"), vars(norm).get("_norm")) for name, norm in norms.items()}
 
     def check(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if decoder.embed_tokens is not embeddings:
@@ -126,5 +133,14 @@ def _only_own_embeddings(decoder: Any, embeddings: nn.Module) -> Any:
                 where="model.precision",
                 fix="pass input_ids, or set model.precision: fp32",
             )
+        if torch.compiler.is_compiling():
+            return
+        for name, (norm, forward, inner) in ours.items():
+            if vars(norm).get("forward") is not forward or vars(norm).get("_norm") is not inner:
+                raise UserError(
+                    f"{name} was given another forward pass after the residual stream was rescaled",
+                    where="model.precision",
+                    fix="remove use_liger_kernel or use_kernels from advanced.trainer, or set model.precision: fp32",
+                )
 
     return check

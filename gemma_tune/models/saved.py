@@ -73,6 +73,7 @@ def open_saved(saved: Saved, **changes: Any) -> tuple[Any, PreTrainedTokenizerBa
     source = resolve(saved.name, saved.revision, need="config")
     family = family_of(read_json(source.path / "config.json"), where=source.name)
     recorded = saved.section("model", "dtype", "attn_implementation", "text_only")
+    planned = saved.section("model", "dtype", "residual_exponent")
     quantization = saved.section("quantization") if saved.adapter else {}
     if recorded.get("dtype") == "float16" and "dtype" not in changes and not on_gpu():
         recorded["dtype"] = dtype_of_machine(family)
@@ -82,7 +83,9 @@ def open_saved(saved: Saved, **changes: Any) -> tuple[Any, PreTrainedTokenizerBa
         if "bnb_4bit_compute_dtype" in quantization:
             quantization["bnb_4bit_compute_dtype"] = recorded["dtype"]
     model = {"dtype": dtype_of_machine(family), **recorded, **changes, "name": saved.name, "revision": saved.revision}
-    model["residual_exponent"] = residual_exponent_of(model["dtype"], family)
+    as_trained = planned.get("dtype") == model["dtype"]
+    exponent = planned.get("residual_exponent", 0) if as_trained else 0
+    model["residual_exponent"] = residual_exponent_of(model["dtype"], family, exponent)
     if model.get("text_only"):
         family = text_only(family)
     base = load_base(model, quantization, family)

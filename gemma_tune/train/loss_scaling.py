@@ -77,4 +77,5 @@ class LossScaler(torch.amp.GradScaler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self.is_enabled():
-            self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+            # Checkpoints of before this class hold torch's state alone.
+            self.skipped, self.in_a_row = state_dict.get("skipped", 0), state_dict.get("in_a_row", 0)

@@ -144,8 +144,18 @@ def colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(notebook, "DRIVE", tmp_path / "drive")
     monkeypatch.setattr(notebook, "ON_DRIVE", tmp_path / "drive" / "MyDrive" / "gemma-tune")
-    state: dict[str, Any] = {"secrets": {}, "mounted": [], "downloaded": [], "refuse": None}
-    userdata, drive, files = (ModuleType(f"google.colab.{name}") for name in ("userdata", "drive", "files"))
+    state: dict[str, Any] = {"secrets": {}, "mounted": [], "downloaded": [], "refuse": None, "no browser": False}
+    names = ("userdata", "drive", "files", "errors")
+    userdata, drive, files, errors = (ModuleType(f"google.colab.{name}") for name in names)
+
+    class Error(Exception):
+        pass
+
+    class MessageError(Error):
+        pass
+
+    class TimeoutException(Exception):
+        pass
 
     class SecretNotFoundError(Exception):
         pass
@@ -154,6 +164,8 @@ def colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         pass
 
     def get(key: str) -> str:
+        if state["no browser"]:
+            raise TimeoutException(f"Requesting secret {key} timed out.")
         if state["refuse"]:
             raise NotebookAccessError("Notebook does not have access to secret HF_TOKEN")
         if key not in state["secrets"]:
@@ -161,14 +173,18 @@ def colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         return str(state["secrets"][key])
 
     def mount(place: str) -> None:
+        if state["no browser"]:
+            raise MessageError("Error: credential propagation was unsuccessful")
         if state["refuse"]:
             raise ValueError("mount failed")
         state["mounted"].append(place)
 
     userdata.__dict__.update(get=get, SecretNotFoundError=SecretNotFoundError, NotebookAccessError=NotebookAccessError)
+    userdata.__dict__["TimeoutException"] = TimeoutException  # not in the older ones
+    errors.__dict__["Error"] = Error
     drive.__dict__["mount"] = mount
     files.__dict__["download"] = state["downloaded"].append
-    for module in (ModuleType("google.colab"), userdata, drive, files):
+    for module in (ModuleType("google.colab"), userdata, drive, files, errors):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return state
 
@@ -200,6 +216,16 @@ def test_drive_that_was_refused_is_an_error(colab: dict[str, Any]) -> None:
     colab["refuse"] = True
     with pytest.raises(AccessError, match="DRIVE = False"):
         notebook.begin("quickstart.yaml", drive=True)
+
+
+def test_a_browser_that_does_not_answer_is_no_traceback(
+    colab: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What most people see who close the window that asks for Drive: no ValueError (colabtools#5531)."""
+    colab["no browser"] = True
+    with pytest.raises(AccessError, match=r"(?s)credential propagation.*DRIVE = False"):
+        notebook.begin("quickstart.yaml", drive=True)
+    assert "no token: Requesting secret HF_TOKEN timed out" in capsys.readouterr().out
 
 
 def test_a_result_that_is_not_on_drive_comes_through_the_browser(

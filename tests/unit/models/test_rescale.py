@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from gemma_tune.errors import GemmaTuneError, UserError
 from gemma_tune.gemma.families import FAMILIES, RESIDUAL_EXPONENT
 from gemma_tune.models.load import load_base
 from gemma_tune.models.rescale import rescale_residual
+from gemma_tune.models.saved import load_run
 from gemma_tune.train.loss_scaling import INITIAL
 from tests.half_products import HalfProducts
 from tests.tiny import make_tiny
@@ -223,6 +226,34 @@ def test_foreign_embeddings_are_refused(name: str, folders: Path) -> None:
     model.set_input_embeddings(torch.nn.Embedding(1024, embedded.shape[-1]))
     with pytest.raises(UserError, match="was replaced"):
         model(**batch())
+
+
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_feedforward_layernorm"])
+def test_a_norm_that_liger_replaces_is_noticed(norm: str, folders: Path) -> None:
+    """As its `_patch_rms_norm_module` does it in a loaded model: bound to the instance, past `_norm`."""
+    model = opened(folders, "gemma3_text", RESIDUAL_EXPONENT)
+    one = getattr(model.model.layers[1], norm)
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight, self.eps)
+
+    one.__dict__["forward"] = forward.__get__(one)
+    with pytest.raises(UserError, match=f"{norm} was given another forward pass"):
+        model(**batch())
+
+
+def test_a_full_fine_tune_opens_as_it_was_trained(folders: Path, tmp_path: Path) -> None:
+    """Its weights are fp32. Its evaluation runs under the autocast of its training, where the plain model overflows."""
+    loud(folders, "gemma3_text", "float32", 0).save_pretrained(tmp_path / "model")
+    for file in (folders / "gemma3_text").glob("*token*"):
+        shutil.copy(file, tmp_path / "model")
+    chosen = {"dtype": "float32", "residual_exponent": RESIDUAL_EXPONENT}
+    plan = {"model": {key: {"value": value, "reason": "test"} for key, value in chosen.items()}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    model = load_run(tmp_path)[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.float16), HalfProducts():
+        assert torch.isfinite(model(**batch()).logits[1]).all()
+    assert not hasattr(load_run(tmp_path, dtype="bfloat16")[0].model.embed_tokens, "_gemma_tune_scale")
 
 
 def test_resizing_the_embedding_is_noticed_or_right(folders: Path) -> None:

@@ -92,6 +92,15 @@ def test_its_state_is_saved(weight: torch.nn.Parameter) -> None:
     assert again.figures() == {"loss_scale": INITIAL / 4, "skipped_steps": 2} and again.in_a_row == 1
 
 
+def test_a_checkpoint_with_the_state_of_torchs_own_scaler_is_read() -> None:
+    """Runs in plain fp16 of before `LossScaler` have it."""
+    before = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    before.scale(torch.zeros(()))
+    again = LossScaler("cpu")
+    again.load_state_dict(before.state_dict())
+    assert again.figures() == {"loss_scale": 2.0**7, "skipped_steps": 0}
+
+
 def test_switched_off_it_is_not_there(weight: torch.nn.Parameter) -> None:
     scaler = LossScaler("cpu", enabled=False)
     optimizer = torch.optim.SGD([weight], lr=1.0)
