@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma_tune.report.read import RunFiles
@@ -145,12 +145,15 @@ def figures(files: RunFiles) -> list[Figure]:
     """At most three, of what the stage is about; before and after, or what is known so far."""
     results = files.record.get("results") or {}
     base, tuned = dict(results.get("base") or {}), dict(results.get("tuned") or {})
+    newest = None
     if not tuned:  # not at its end: the newest held-out figures
         rows = [row for row in files.metrics if any(key.startswith("eval_") for key in row)]
         if rows and rows[-1].get("step"):
             tuned = {key.removeprefix("eval_"): item for key, item in rows[-1].items() if key.startswith("eval_")}
+            newest = f"at step {count(rows[-1]['step'])}"
     found = _OF_STAGE.get(str(files.record.get("stage")), _sft)(base, tuned, results)
-    return [one for one in found if one is not None][:3]
+    shown = [one for one in found if one is not None][:3]
+    return [replace(one, about="; ".join(filter(None, (newest, one.about)))) for one in shown] if newest else shown
 
 
 def _pair(
