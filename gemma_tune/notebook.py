@@ -92,7 +92,26 @@ def begin(recipe: str, *, drive: bool = True) -> None:
 
 def load_ipython_extension(shell: Any) -> None:
     """Make the line magic `%gemma_tune` known; `%load_ext gemma_tune.notebook` calls this."""
-    shell.register_magic_function(lambda line: run(*shlex.split(line)), "line", "gemma_tune")
+    shell.register_magic_function(lambda line: _command(shlex.split(line)), "line", "gemma_tune")
+
+
+def _command(words: list[str]) -> None:
+    """`run`, but for a merge that is there already: after a disconnect all cells are run again."""
+    if made := merged_already(words):
+        print(f"{made} is there already, and newer than the adapter; remove it to have it made again")
+    else:
+        run(*words)
+
+
+def merged_already(words: Sequence[str]) -> Path | None:
+    """The folder that `merge RUN` would make, where it was made after the last change of the run's adapter."""
+    if len(words) != 2 or words[0] != "merge":
+        return None
+    weights = Path(words[1]) / "adapter" / "adapter_model.safetensors"
+    made = Path(words[1]) / "merged"
+    written = made / "config.json"
+    there = weights.is_file() and written.is_file()
+    return made if there and written.stat().st_mtime >= weights.stat().st_mtime else None
 
 
 def run(*words: str) -> None:

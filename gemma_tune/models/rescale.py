@@ -113,7 +113,7 @@ def _scale_output(norm: Any, scale: float) -> None:
 def _only_what_was_changed(decoder: Any, embeddings: nn.Module, norms: dict[str, Any]) -> Any:
     """A hook before the trunk, which refuses embeddings that do not come out of the hooked module, and other norms.
 
-    Liger (0.8, `_patch_rms_norm_module`) and kernels of the hub give a norm of a loaded model another `forward`, which
+    Liger (monkey_patch.py, `_patch_rms_norm_module`) and kernels of the hub give a norm of a loaded model another `forward`, which
     does not call `_norm`: what the layers add to the small stream would be large again.
     """
     import torch
@@ -140,7 +140,7 @@ def _only_what_was_changed(decoder: Any, embeddings: nn.Module, norms: dict[str,
                 raise UserError(
                     f"{name} was given another forward pass after the residual stream was rescaled",
                     where="model.precision",
-                    fix="remove use_liger_kernel or use_kernels from advanced.trainer, or set model.precision: fp32",
+                    fix="remove advanced.trainer.use_liger_kernel, or set model.precision: fp32",
                 )
 
     return check

@@ -62,19 +62,19 @@ gemma_tune.notebook.begin(RECIPE, drive=DRIVE)
 
 # %%
 # @title 3. What the training will do, why, and whether it fits; nothing is loaded
-# %gemma_tune check $RECIPE model.name=$MODEL output=$OUTPUT $EXTRA --machine $MACHINE
+# %gemma_tune check "$RECIPE" "model.name=$MODEL" "output=$OUTPUT" $EXTRA --machine $MACHINE
 
 # %%
 # @title 4. What the model will see: tokens in ⟦ ⟧ are trained
-# %gemma_tune show $RECIPE model.name=$MODEL output=$OUTPUT $EXTRA --rows 1
+# %gemma_tune show "$RECIPE" "model.name=$MODEL" "output=$OUTPUT" $EXTRA --rows 1
 
 # %%
 # @title 5. Train, or go on
-# %gemma_tune sft $RECIPE model.name=$MODEL output=$OUTPUT $EXTRA --resume auto
+# %gemma_tune sft "$RECIPE" "model.name=$MODEL" "output=$OUTPUT" $EXTRA --resume auto
 
 # %%
 # @title 6. Before and after, on rows that were held out
-# %gemma_tune eval $OUTPUT
+# %gemma_tune eval "$OUTPUT"
 
 # %%
 # @title 7. The run on one page: report.html
@@ -82,11 +82,11 @@ gemma_tune.notebook.show_report(OUTPUT)
 
 # %%
 # @title 8. Ask it something
-# %gemma_tune chat $OUTPUT --max-new-tokens 64 --prompt "Quote: Imagination is more"
+# %gemma_tune chat "$OUTPUT" --max-new-tokens 64 --prompt "Quote: Imagination is more"
 
 # %%
 # @title 9. One model of base and adapter, compared with both
-# %gemma_tune merge $OUTPUT
+# %gemma_tune merge "$OUTPUT"
 
 # %%
 # @title 10. Download

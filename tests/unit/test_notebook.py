@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from gemma_tune import notebook
 from gemma_tune.errors import AccessError, UserError
 from gemma_tune.launch.parent import LAUNCHER
 from gemma_tune.notebook import CommandFailed
+from scripts.notebooks import FOLDER
 
 Child = Callable[[str], None]
 
@@ -290,3 +291,51 @@ def test_nothing_heavy_is_imported() -> None:
 
     code = "import sys, gemma_tune.notebook; print([m for m in ('torch', 'numpy', 'pandas') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Any, list[tuple[str, ...]]]]:
+    """IPython with `%gemma_tune`, and the words that it would run."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(notebook, "run", lambda *words: ran.append(words))
+    monkeypatch.chdir(tmp_path)
+    found = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+    notebook.load_ipython_extension(found)
+    yield found, ran
+    InteractiveShell.clear_instance()
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.stem)
+def test_settings_may_hold_spaces(file: Path, shell: tuple[Any, list[tuple[str, ...]]]) -> None:
+    """A folder of Google Drive may; and EXTRA may be empty."""
+    ipython, ran = shell
+    values = {"RECIPE": "a b.yaml", "MODEL": "My Drive/m", "OUTPUT": "my runs/a", "EXTRA": "", "MACHINE": "t4"}
+    ipython.push(values)
+    for line in file.read_text("utf-8").splitlines():
+        if line.startswith("# %gemma_tune "):
+            ipython.run_cell(line.removeprefix("# ")).raise_error()
+    check, show, train, *others = ran
+    assert check == ("check", "a b.yaml", "model.name=My Drive/m", "output=my runs/a", "--machine", "t4")
+    assert show[1:4] == check[1:4] and train[1:] == (*check[1:4], "--resume", "auto")
+    assert [words[:2] for words in others] == [(name, "my runs/a") for name in ("eval", "chat", "merge")]
+
+
+def test_a_merge_that_is_there_is_not_made_again(
+    shell: tuple[Any, list[tuple[str, ...]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ipython, ran = shell
+    merge = '%gemma_tune merge "my run"'
+    weights, written = tmp_path / "my run/adapter/adapter_model.safetensors", tmp_path / "my run/merged/config.json"
+    for file in (weights, written):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    os.utime(weights, (1, 1))
+    ipython.run_cell(merge).raise_error()
+    assert not ran and "merged is there already" in capsys.readouterr().out
+    ipython.run_cell(merge + " --out other").raise_error()
+    os.utime(written, (0, 0))  # trained on since then: the command says what it finds
+    ipython.run_cell(merge).raise_error()
+    assert ran == [("merge", "my run", "--out", "other"), ("merge", "my run")]
