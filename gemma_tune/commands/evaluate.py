@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import gc
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
+from gemma_tune.commands.evaluate_options import Wanted, check_files, check_kind, check_options, file_of
 from gemma_tune.commands.figures import held_out
+from gemma_tune.commands.report import write_again
 from gemma_tune.commands.train import print_answers, quieten, unseen
-from gemma_tune.errors import AccessError, UserError
+from gemma_tune.errors import AccessError
 from gemma_tune.export.card_results import FIGURES
+from gemma_tune.gemma.licences import last_name
 
 if TYPE_CHECKING:
     from gemma_tune.evaluation.target import Target
     from gemma_tune.plan.types import Plan
 
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """The options of the command. Of tasks, suite, memorisation and compare, what is wanted replaces the default."""
-
-    compare: bool = False
-    recipe: str | None = None
-    tasks: tuple[str, ...] = ()
-    suite: str | None = None
-    include_path: str | None = None
-    shots: int | None = None
-    limit: int | None = None
-    memorisation: bool = False
-    base: bool = True
-    max_new_tokens: int | None = None
-    output: str | None = None
-    as_json: bool = False
-    chat: bool | None = None
-
-    @property
-    def held_out(self) -> bool:
-        """Whether held-out rows and answers are wanted: where nothing else is asked for."""
-        return not (self.compare or self.tasks or self.suite or self.memorisation)
+_TUNED_TO_ANSWER = re.compile(r"-it(?![a-z0-9])", re.IGNORECASE)
+"""In the name of a published Gemma."""
 
 
 def run(targets: Sequence[str], wanted: Wanted) -> int:
@@ -54,23 +35,29 @@ def run(targets: Sequence[str], wanted: Wanted) -> int:
     check_options(targets, wanted)
     quieten()
     from gemma_tune.models.remedies import import_bitsandbytes
+    from gemma_tune.train.session import dump
 
     import_bitsandbytes()  # before trl and peft, which would import it their way
     with unseen("wandb"):
-        from gemma_tune.evaluation.result import read
+        from gemma_tune.evaluation.result import check_writable, read
         from gemma_tune.evaluation.target import find_target
     found = [find_target(name) for name in targets]
     for target in found:
         check_kind(target, wanted)
         read(file_of(target, wanted))  # what is there must be an evaluation: said before anything is measured
+        check_writable(file_of(target, wanted))
+    check_files(found, wanted)
     recipe = read_plan_of(wanted.recipe) if wanted.recipe else None
     with memory_errors():
         if wanted.compare:
             documents = [compare(found[0], found[1], recipe, wanted)]
         else:
-            documents = [evaluate(target, recipe, wanted) for target in found]
+            documents = []
+            for target in found:
+                documents.append(evaluate(target, recipe, wanted))
+                gc.collect()  # an adapter's model refers to itself: the next one need not fit beside it
     if wanted.as_json:
-        print(json.dumps(documents if len(documents) > 1 else documents[0], indent=2, ensure_ascii=False))
+        print(dump(documents if len(documents) > 1 else documents[0]), end="")
     return 0
 
 
@@ -87,64 +74,6 @@ def memory_errors() -> Iterator[None]:
             where=str(exc).splitlines()[0][:200] if str(exc) else "",
             fix="end what else is on it; or set CUDA_VISIBLE_DEVICES= to evaluate on the CPU, which takes its time",
         ) from exc
-
-
-def check_options(targets: Sequence[str], wanted: Wanted) -> None:
-    """Refuse options that would do nothing, before anything is opened.
-
-    Raises:
-        UserError: see the text.
-    """
-    tasked = bool(wanted.tasks or wanted.suite)
-    leave_out, alone = "name one of them, or leave it out", wanted.compare and (tasked or wanted.memorisation)
-    broken: dict[str, list[tuple[bool, str, str]]] = {
-        "--compare": [
-            (wanted.compare and len(targets) != 2, f"needs two targets, and {len(targets)} came", "name RUN_A RUN_B"),
-            (alone, "compares held-out rows, and task items measured before", "evaluate each with --tasks first"),
-        ],
-        "--output": [
-            (
-                bool(wanted.output) and len(targets) > 1 and not wanted.compare,
-                "is one file for several targets",
-                "evaluate them one by one",
-            ),
-            (bool(wanted.output) and Path(str(wanted.output)).is_dir(), "is a folder", "name a file in it"),
-        ],
-        "--shots": [(wanted.shots is not None and not wanted.tasks, "is for --tasks", "name tasks, or leave it out")],
-        "--include-path": [(wanted.include_path is not None and not tasked, "is for --tasks and --suite", leave_out)],
-        "--chat": [(wanted.chat is not None and not tasked, "is for --tasks and --suite", leave_out)],
-        "--recipe": [
-            (
-                wanted.recipe is not None and (tasked or wanted.memorisation),
-                "is for held-out rows",
-                "leave it out, or leave out --tasks, --suite and --memorisation",
-            )
-        ],
-    }
-    for where, rules in broken.items():
-        for applies, what, fix in rules:
-            if applies:
-                raise UserError(what, where=where, fix=fix)
-
-
-def check_kind(target: Target, wanted: Wanted) -> None:
-    """The target can give what is asked of it.
-
-    Raises:
-        UserError: a reward model is asked for answers; or there is no run to audit.
-    """
-    if target.is_reward and (wanted.tasks or wanted.suite or wanted.memorisation or wanted.max_new_tokens):
-        raise UserError(
-            "this is a reward model: it rates answers and gives none",
-            where=target.name,
-            fix="evaluate it without --tasks, --suite, --memorisation and --max-new-tokens: on its held-out pairs",
-        )
-    if wanted.memorisation and (target.folder is None or target.plan is None):
-        raise UserError(
-            "memorisation is about training rows, and only a run says which those are",
-            where=target.name,
-            fix="name the run folder",
-        )
 
 
 def read_plan_of(recipe: str) -> Plan:
@@ -209,10 +138,13 @@ def evaluate(target: Target, recipe: Plan | None, wanted: Wanted) -> dict[str, A
 
 
 def talks(target: Target) -> bool:
-    """Whether tasks are asked as a user asks: an untouched base, and a model of plain texts, are asked to go on."""
-    if target.plan is not None and target.plan.values("data").get("train_on") == "all":
+    """Whether tasks are asked as a user asks: an untouched base, and a model of plain texts, are asked to go on.
+
+    Of an untouched model its name tells: `gemma-3-1b-it`, `gemma-3-4b-it-qat-q4_0`, `gemma-3-1b-it-Q4_K_M.gguf`.
+    """
+    if target.plan is not None:
         return any(source.get("format") != "text" for source in target.plan.values("data")["sources"])
-    return target.tuned or target.name.rstrip("/").endswith("-it")
+    return target.tuned or _TUNED_TO_ANSWER.search(last_name(target.name.rstrip("/"))) is not None
 
 
 def compare(a: Target, b: Target, recipe: Plan | None, wanted: Wanted) -> dict[str, Any]:
@@ -231,7 +163,7 @@ def compare(a: Target, b: Target, recipe: Plan | None, wanted: Wanted) -> dict[s
 def finish(
     target: Target, parts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], said: Sequence[str], wanted: Wanted
 ) -> dict[str, Any]:
-    """Write what was found and, unless JSON is wanted, print it."""
+    """Write what was found, make the report of a run again and, unless JSON is wanted, print it."""
     from gemma_tune.evaluation.result import write
 
     file = file_of(target, wanted)
@@ -241,12 +173,9 @@ def finish(
         for line in said:
             console.out(line)
         console.out(f"written: {file}")
+    if target.folder is not None and file == target.file:
+        write_again(target.folder, quiet=wanted.as_json)
     return document
-
-
-def file_of(target: Target, wanted: Wanted) -> Path:
-    """Where the evaluation of a target goes."""
-    return Path(wanted.output).expanduser() if wanted.output else target.file
 
 
 # --- lines

@@ -1,4 +1,4 @@
-"""`gemma-tune report`: report.html of a run, again. Every training command writes it at its end."""
+"""`gemma-tune report`: report.html of a run, again. Trainings and `eval` write it at their end."""
 
 from __future__ import annotations
 
@@ -56,18 +56,24 @@ def reported(folder: Path) -> Iterator[None]:
         yield
     except Exception as exc:
         if not isinstance(exc, Aborted) and _version(folder) != before:
-            after_training(folder)
+            write_again(folder)
         raise
-    after_training(folder)
+    write_again(folder)
 
 
-def after_training(folder: Path) -> None:
-    """Write the report of the run in `folder`, and print where it is or, as a note, why there is none."""
+def write_again(folder: Path, *, quiet: bool = False) -> None:
+    """Write the report of the run in `folder`, and print where it is or, as a note, why there is none.
+
+    Args:
+        quiet: whether only the note is printed, where stdout is for JSON.
+    """
     try:
         from gemma_tune.report import write_report
 
-        console.out(f"report: {write_report(folder)}")
-    except Exception as exc:  # of any kind: the training is done
+        file = write_report(folder)
+        if not quiet:
+            console.out(f"report: {file}")
+    except Exception as exc:  # of any kind: what it is about is done
         reason = str(exc) if isinstance(exc, GemmaTuneError | OSError) else f"{type(exc).__name__}: {exc}"
         console.note(f"no report was written ({reason}); try again with: gemma-tune report {folder}")
 

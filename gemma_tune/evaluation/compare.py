@@ -76,8 +76,10 @@ def compare(a: Target, b: Target, opened: Opened, rows: Rows) -> dict[str, Any]:
         "method": f"paired bootstrap over rows, percentile interval of {CONFIDENCE:.0%}, {RESAMPLES:,} resamples",
         "figures": differences(first, second),
     }
-    tasks = compare_tasks(_task_rows(a), _task_rows(b))
-    return found | ({"tasks": tasks} if tasks else {})
+    ours, theirs = _task_rows(a), _task_rows(b)
+    unlike = asked_unlike(ours, theirs)
+    tasks = compare_tasks(*([row for row in some if row["task"] not in unlike] for some in (ours, theirs)))
+    return found | ({"tasks": tasks} if tasks else {}) | ({"tasks_asked_unlike": unlike} if unlike else {})
 
 
 def measure(target: Target, opened: Opened, rows: Rows) -> Measured:
@@ -135,6 +137,17 @@ def compare_tasks(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
     return found
 
 
+def asked_unlike(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Task -> in what the two were not asked alike: such scores are not compared."""
+    ours, theirs = ({row["task"]: row for row in some} for some in (a, b))
+    found = {}
+    for task in sorted(ours.keys() & theirs.keys()):
+        keys = [key for key in ("shots", "chat", "version") if ours[task].get(key) != theirs[task].get(key)]
+        if keys:
+            found[task] = ", ".join(f"{key} {ours[task].get(key)} and {theirs[task].get(key)}" for key in keys)
+    return found
+
+
 def _task_rows(target: Target) -> list[dict[str, Any]]:
     """The task items that were measured of this subject."""
     earlier = read(target.file)
@@ -172,6 +185,8 @@ def render(found: Mapping[str, Any]) -> list[str]:
         lines.append(_line(_NAMES[name], one, "rows"))
     for task, metrics in found.get("tasks", {}).items():
         lines += [_line(f"{task}, {metric}", one, "items") for metric, one in metrics.items()]
+    for task, how in found.get("tasks_asked_unlike", {}).items():
+        lines.append(f"{task} is not compared, since it was asked in two ways ({how}): measure one of them again")
     few = min((one["rows"] for one in found["figures"].values()), default=FEW)
     if few < FEW:
         lines.append(f"{few:,} rows are few: the true interval is wider than it looks")

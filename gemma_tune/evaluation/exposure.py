@@ -105,13 +105,21 @@ def exposure(own: float, others: Sequence[float]) -> float:
     """Bits of exposure of a secret of log-probability `own` among sampled `others`, of which an equal one goes first.
 
     The estimate of arXiv 1802.08232, section 4.3: a rank of r among n + 1 stands for r / (n + 1) of the space.
+    NaN where a model that has overflowed gives no number: it is above no other and below none.
     """
+    if any(map(math.isnan, (own, *others))):
+        return math.nan
     rank = 1 + sum(other >= own for other in others)
     return math.log2(len(others) + 1) - math.log2(rank)
 
 
 def certain(log_prob: float) -> float:
-    """Bits of exposure that a secret of this log-probability (nats) has at the least: its rank is at most 1 / p."""
+    """Bits of exposure that a secret of this log-probability (nats) has at the least: its rank is at most 1 / p.
+
+    NaN has NaN.
+    """
+    if math.isnan(log_prob):
+        return math.nan
     return max(0.0, BITS + min(0.0, log_prob) / math.log(2))
 
 

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,8 @@ def run_tasks(
         `<metric>_stderr` beside each, and `<metric>,<filter>` where a task has a filter of its own. A group also has
         `parts`, and a task of ours `groups`. Under `harness` stands how it was run. Under `rows`, for
         evaluation.rows.jsonl and to be taken out before the rest is written: `{"part": "task", "task", "item",
-        "metric", "correct"}`, one for each item that has a metric from 0 to 1; `correct` is that metric.
+        "metric", "correct", "shots", "chat", "version"}`, one for each item of a task that has a metric from 0 to 1;
+        `correct` is that metric.
 
     Raises:
         AccessError: lm-eval or another package is missing; a dataset cannot be had.
@@ -90,7 +92,7 @@ def evaluate(
 
     from gemma_tune.evaluation.harness_tasks import check_consent, find_tasks, load_tasks, local_datasets
 
-    with quiet(), needed_packages():
+    with quiet(), unheard(), needed_packages():
         manager = find_tasks(names, include_path)
         allowed = check_consent(manager, names)
         with local_datasets(include_path):
@@ -138,7 +140,8 @@ def shaped(results: Mapping[str, Any], names: Sequence[str], chat: bool) -> dict
             entry["parts"] = {member: described(results, member, [member], chat) for member in members}
         found[name] = entry
         for member in members:
-            rows += items(member, results["samples"][member])
+            how = {"shots": results["n-shot"].get(member), "chat": chat, "version": results["versions"].get(member)}
+            rows += [row | how for row in items(member, results["samples"][member])]
     return {**found, "rows": rows}
 
 
@@ -174,18 +177,22 @@ def metrics(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def items(task: str, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each item, by the first of the task's metrics that a single item has; of the task's first filter."""
-    first = samples[0]["filter"] if samples else ""
-    rows = []
-    for sample in samples:
-        if sample["filter"] != first:
-            continue
-        scores = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], bool | int | float)}
-        metric = next((name for name, score in scores.items() if 0 <= score <= 1), None)
-        if metric is not None:
-            about = {"part": "task", "task": task, "item": int(sample["doc_id"])}
-            rows.append({**about, "metric": metric, "correct": float(scores[metric])})
-    return sorted(rows, key=lambda row: int(row["item"]))
+    """One row for each item, by the first of the task's metrics that is from 0 to 1 for all; of its first filter.
+
+    One metric for all items: a difference of likelihoods (crows_pairs) is from 0 to 1 for some of them only.
+    """
+    own = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    metric = next((name for name in (own[0]["metrics"] if own else ()) if all(_is_share(one, name) for one in own)), "")
+    if not metric:
+        return []
+    about = {"part": "task", "task": task, "metric": metric}
+    rows = [{**about, "item": int(one["doc_id"]), "correct": float(one[metric])} for one in own]
+    return sorted(rows, key=lambda row: row["item"])
+
+
+def _is_share(sample: Mapping[str, Any], metric: str) -> bool:
+    score = sample.get(metric)
+    return isinstance(score, bool | int | float) and 0 <= score <= 1
 
 
 # --- lines
@@ -264,3 +271,18 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """lm-eval without its bars where nobody watches them, and without git, which it asks for the caller's commit."""
+    import lm_eval.api.task as building
+    import lm_eval.evaluator as running
+
+    bar, commit = building.tqdm, running.get_git_commit_hash
+    building.tqdm = partial(bar, disable=None)  # None: where stderr is no terminal
+    running.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        building.tqdm, running.get_git_commit_hash = bar, commit

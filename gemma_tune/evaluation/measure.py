@@ -24,11 +24,18 @@ def rows_for(
     """The rows to measure on: the target's own, or those of a recipe.
 
     Raises:
-        UserError: as `rows_of_run`; or the target was trained on rows that the recipe holds out.
+        UserError: as `rows_of_run`; the target was trained on rows that the recipe holds out; or it is a reward model
+            and they are no pairs.
     """
     if recipe is None:
         return rows_of_run(target, opened, limit=limit, max_new_tokens=max_new_tokens)
     rows = build_rows(recipe, opened.family, opened.encoder, limit=limit, max_new_tokens=max_new_tokens)
+    if target.is_reward and rows.stage not in ("reward", "dpo"):
+        raise UserError(
+            "a reward model is measured on pairs of answers, and these rows are none",
+            where="--recipe",
+            fix="name a recipe of stage reward or dpo",
+        )
     if target.tuned:
         said = check_unseen(target, rows)
         if said != "no":
@@ -108,17 +115,7 @@ def voices(target: Target, opened: Opened, wanted: list[Voice]) -> Iterator[tupl
 
 
 def measure_pairs(target: Target, opened: Opened, rows: Rows) -> tuple[dict[str, Any], Lines]:
-    """A reward model on pairs. What it was before the training is not measured: that head was drawn, and not kept.
-
-    Raises:
-        UserError: the rows are no pairs.
-    """
-    if rows.stage not in ("reward", "dpo"):
-        raise UserError(
-            "a reward model is measured on pairs of answers, and these rows are none",
-            where="--recipe",
-            fix="name a recipe of stage reward or dpo",
-        )
+    """A reward model on pairs. What it was before the training is not measured: that head was drawn, and not kept."""
     plan = target.plan if rows.plan is target.plan else None
     scores = score_pairs(opened.reward(), rows.rows, batch_size=rows.batch_size, pad_id=opened.family.pad_id, plan=plan)
     assert scores is not None

@@ -44,7 +44,8 @@ def audit(model: Any, tokenizer: Any, family: Family, run_folder: Path, *, limit
     """`memorisation` of evaluation.json: `canaries` (None where none were planted) and `extraction`.
 
     `extraction` has the rates of training and of held-out rows (the control) for what the training began with (`base`)
-    and for what it made (`tuned`). A full fine-tune has only the latter: its base is another model.
+    and for what it made (`tuned`). A full fine-tune has only the latter: its base is another model. So has a run that
+    began with an adapter which `model` does not have beside its own.
 
     Args:
         model: what `run_folder` holds, opened; an adapter on its base.
@@ -75,7 +76,10 @@ def audit(model: Any, tokenizer: Any, family: Family, run_folder: Path, *, limit
                 "least_tokens": LEAST,
                 "edits": EDITS,
             },
-            **{name: lengths(some) | _rates(model, tokenizer, family, some) for name, some in passages.items()},
+            **{
+                name: lengths(some) | _rates(model, tokenizer, family, some, before=has_before(model, plan))
+                for name, some in passages.items()
+            },
         },
     }
 
@@ -126,10 +130,16 @@ def _planted(found: Mapping[str, Any], folder: Path) -> Planted:
     return planted
 
 
-def _rates(model: Any, tokenizer: Any, family: Family, passages: list[Passage]) -> dict[str, Any]:
-    """`{base, tuned}`; of a full fine-tune, whose base is another model, `base` is None."""
+def has_before(model: Any, plan: Plan) -> bool:
+    """Whether the model can speak as what its training began with: the plain base, or an adapter beside its own."""
+    start = (plan.values("session").get("adapter") or {}).get("start")
+    return hasattr(model, "peft_config") and (not start or bool(reference_adapters(model)))
+
+
+def _rates(model: Any, tokenizer: Any, family: Family, passages: list[Passage], *, before: bool) -> dict[str, Any]:
+    """`{base, tuned}`; `base` is None where the model cannot speak as what it was before."""
     voices: dict[str, AbstractContextManager[None] | None] = {"base": None, "tuned": nullcontext()}
-    if hasattr(model, "peft_config"):
+    if before:
         voices["base"] = speaking_as(model, reference_adapters(model))
     found: dict[str, Any] = {}
     for name, voice in voices.items():

@@ -11,6 +11,7 @@ Each command writes the parts that it measured. The others stay as long as they 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,21 @@ def read(file: Path) -> dict[str, Any]:
             f"this is no evaluation of format {FORMAT}", where=str(file), fix="move it away, or name another --output"
         )
     return found
+
+
+def check_writable(file: Path) -> None:
+    """Refuse a place where nothing can be written, before hours are spent on what goes there.
+
+    Raises:
+        AccessError: a folder that is no folder, or that may not be written to.
+    """
+    folder = next(one for one in file.absolute().parents if one.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise AccessError(
+            "nothing can be written into it" if folder.is_dir() else "this is no folder",
+            where=str(folder),
+            fix="name a file elsewhere with --output FILE",
+        )
 
 
 def same_subject(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

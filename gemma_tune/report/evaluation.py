@@ -153,23 +153,30 @@ def _reward(found: Any) -> Iterator[Table]:
 
 
 def _tasks(found: Any) -> Table | None:
-    """Metric with its standard error, and the figure of the model card where there is one."""
+    """Metric with its standard error, and beside the metric that the model card has, the card's figure.
+
+    A task that did not run has one row, with the reason.
+    """
     if not isinstance(found, Mapping):
         return None
     rows = []
     for task, one in found.items():
         if not isinstance(one, Mapping) or not isinstance(one.get("metrics"), Mapping):
             continue
-        metrics, card = one["metrics"], one.get("card")
+        metrics, card = one["metrics"], mapping(one.get("card"))
+        doubt = "" if card.get("stated", True) else " (shots not stated)"
+        stated = f"{figure(card['figure'])}{doubt}" if is_number(card.get("figure")) else "–"
+        if one.get("skipped"):
+            left_out = f"left out: {cut(one['skipped'], 200)}"
+            rows.append((cut(task, 80), cut(card.get("metric") or "–", 80), left_out, "–", "–", stated))
+            continue
         for name, item in metrics.items():
-            if name.endswith("_stderr") or not is_number(item):
+            kind, comma, own = name.partition(",")  # lm-eval has the error of `acc,f` under `acc_stderr,f`
+            if kind.endswith("_stderr") or not is_number(item):
                 continue
-            error = metrics.get(f"{name}_stderr")
+            error = metrics.get(f"{kind}_stderr{comma}{own}")
             text = figure(item) + (f" ± {figure(error, 2)}" if is_number(error) else "")
-            stated = "–"
-            if isinstance(card, Mapping):
-                doubt = "" if card.get("stated", True) else " (shots not stated)"
-                stated = f"{figure(card.get('figure'))}{doubt}"
-            rows.append((cut(task, 80), name, text, count(one.get("shots")), count(one.get("items")), stated))
+            beside = stated if name == card.get("metric") else "–"
+            rows.append((cut(task, 80), cut(name, 80), text, count(one.get("shots")), count(one.get("items")), beside))
     heads = ("task", "metric", "measured", "shots", "items", "model card")
     return Table("Tasks", heads, tuple(rows[:SHOWN]), "± is one standard error.") if rows else None

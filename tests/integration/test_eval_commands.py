@@ -375,3 +375,32 @@ def test_a_gpu_that_is_too_small_is_no_bug(
     monkeypatch.setattr("gemma_tune.evaluation.measure.measure", measure)
     assert main(["eval", str(copy_of(sft, tmp_path))]) == 3
     assert "not enough memory" in capsys.readouterr().err
+
+
+def test_the_report_of_the_run_has_the_evaluation_and_stdout_nothing_but_json(
+    sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    run = copy_of(sft, tmp_path)
+    part = {"stage": "sft", "rows": 1, "tuned": {"loss": 900.25, "perplexity": float("inf")}}
+    monkeypatch.setattr("gemma_tune.evaluation.measure.measure", lambda *_, **__: ({"held_out": part}, []))
+    capsys.readouterr()
+    assert main(["eval", str(run), "--json"]) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found["held_out"]["tuned"] == {"loss": 900.25, "perplexity": None}
+    assert "900.2" in (run / "report.html").read_text(encoding="utf-8")
+    (run / "report.html").unlink()
+    assert main(["eval", str(run), "--output", str(tmp_path / "other.json")]) == 0
+    assert not (run / "report.html").exists()  # it is about evaluation.json of the run
+    monkeypatch.setattr("gemma_tune.report.write_report", lambda folder: refuse("no report"))
+    assert main(["eval", str(run)]) == 0
+    assert "no report was written" in capsys.readouterr().err
+
+
+def test_reward_models_are_not_compared_on_rows_that_are_no_pairs(reward: Path, sft: Path, capsys: Output) -> None:
+    recipe = str(sft.parent / "recipe.yaml")
+    assert main(["eval", "--compare", str(reward), str(reward), "--recipe", recipe]) == 2
+    assert "these rows are none" in capsys.readouterr().err

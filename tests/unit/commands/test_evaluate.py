@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gemma_tune import cli
-from gemma_tune.commands.evaluate import Wanted, check_options, held_out_lines
+from gemma_tune.commands.evaluate import held_out_lines, talks
+from gemma_tune.commands.evaluate_options import Wanted, check_files, check_options
 from gemma_tune.errors import UserError
 
 
@@ -63,6 +65,8 @@ def test_nothing_else_is_measured_where_one_thing_is_asked_for() -> None:
         (["a"], Wanted(include_path="."), "--include-path"),
         (["a"], Wanted(chat=False), "--chat"),
         (["a"], Wanted(recipe="r", memorisation=True), "--recipe"),
+        (["a"], Wanted(max_new_tokens=3, tasks=("t",)), "--max-new-tokens"),
+        (["a", "b"], Wanted(base=False, compare=True), "--no-base"),
     ],
 )
 def test_what_does_not_go_together(targets: list[str], wanted: Wanted, where: str) -> None:
@@ -101,3 +105,33 @@ def test_one_side_alone() -> None:
         "answers that end by themselves: 1 of 2 prompts",
         "answers that are well-formed: 1 of 2 prompts",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "sources", "expected"),
+    [
+        ("google/gemma-3-1b-it", None, True),
+        ("google/gemma-3-4b-it-qat-q4_0-unquantized", None, True),
+        ("/models/gemma-3-1b-it-Q4_K_M.gguf", None, True),
+        ("/models/gemma-3-1b-it/", None, True),
+        ("google/gemma-3-1b-pt", None, False),
+        ("/big-it/gemma-2b", None, False),
+        ("me/gemma-italian", None, False),
+        ("runs/a", ["messages", "text"], True),
+        ("runs/a", ["text"], False),
+    ],
+)
+def test_who_is_asked_in_turns(name: str, sources: list[str] | None, expected: bool) -> None:
+    plan = None
+    if sources:
+        data = {"sources": [{"format": one} for one in sources], "train_on": "model_turns"}
+        plan = SimpleNamespace(values=lambda section: data)
+    assert talks(SimpleNamespace(name=name, plan=plan, tuned=plan is not None)) is expected  # type: ignore[arg-type]
+
+
+def test_two_targets_do_not_write_one_file(tmp_path: Path) -> None:
+    one, two, three = (SimpleNamespace(name=name, file=tmp_path / file) for name, file in ("ax", "bx", "cy"))
+    check_files([one, three], Wanted())  # type: ignore[list-item]
+    check_files([one, two], Wanted(compare=True))  # type: ignore[list-item]
+    with pytest.raises(UserError, match="written over that of a"):
+        check_files([one, two], Wanted())  # type: ignore[list-item]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma_tune.evaluation.compare import compare_tasks, render, yes_or_no
+from gemma_tune.evaluation.compare import asked_unlike, compare_tasks, render, yes_or_no
 
 
 def rows(values: list[float], task: str = "t", metric: str = "acc", first: int = 0) -> list[dict[str, Any]]:
@@ -49,3 +49,12 @@ def test_how_it_is_said() -> None:
         "t, acc: 0.5000 -> 0.5000, +0.0000 [+0.0000, +0.0000] over 2 items, McNemar p = 1",
         "12 rows are few: the true interval is wider than it looks",
     ]
+
+
+def test_items_that_were_asked_otherwise_are_not_compared() -> None:
+    a, b = ([row | {"shots": shots, "chat": False, "version": 1} for row in rows([1, 0])] for shots in (0, 5))
+    assert asked_unlike(a, b) == {"t": "shots 0 and 5"} and asked_unlike(a, a) == {}
+    assert asked_unlike(a, rows([1], "other")) == {}
+    subject = {"target": "runs/a"}
+    found = {"a": subject, "b": subject, "trained_on_rows": {}, "figures": {}, "tasks_asked_unlike": asked_unlike(a, b)}
+    assert render(found)[-1].startswith("t is not compared, since it was asked in two ways (shots 0 and 5)")

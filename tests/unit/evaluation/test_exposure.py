@@ -167,3 +167,8 @@ def test_a_model_that_learnt_one_exposes_it(opened: Callable[..., Any]) -> None:
     assert by_name[learnt.name]["at_least"] > 20 > 1 > by_name[control.name]["at_least"]
     lines = list(module.render_canaries(found))
     assert "4  1 of 1" in lines[-1] and "none  0 of 1" in lines[-2]
+
+
+def test_a_model_that_overflows_knows_nothing_and_not_everything() -> None:
+    assert math.isnan(exposure(math.nan, [-1.0, -2.0])) and math.isnan(exposure(-1.0, [math.nan]))
+    assert math.isnan(certain(math.nan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from gemma_tune.evaluation import extraction as module
 from gemma_tune.evaluation.extraction import Passage, documents, edit_distance, extraction, lengths, passage, sample
+from gemma_tune.evaluation.memorisation import has_before
 from gemma_tune.gemma.families import FAMILIES
+from gemma_tune.models.roles import REFERENCE
 from gemma_tune.train.evaluate import Answer
 
 FAMILY = FAMILIES["gemma3_text"]
@@ -120,3 +123,12 @@ def test_no_rows_have_no_rate() -> None:
         "rate": None,
         "interval": [0.0, 1.0],
     }
+
+
+def test_a_run_whose_start_is_gone_is_not_measured_against_the_plain_base() -> None:
+    def plan(start: str | None) -> Any:
+        return SimpleNamespace(values=lambda section: {"adapter": {"start": start}})
+
+    alone, with_start = (SimpleNamespace(peft_config=names) for names in ({"default": 0}, {"default": 0, REFERENCE: 0}))
+    assert has_before(alone, plan(None)) and has_before(with_start, plan("runs/first"))
+    assert not has_before(alone, plan("runs/first")) and not has_before(SimpleNamespace(), plan(None))

@@ -225,3 +225,30 @@ def test_what_to_install(error: ImportError, fix: str) -> None:
     with pytest.raises(AccessError) as caught, harness.needed_packages():
         raise error
     assert fix in str(caught.value)
+
+
+def test_all_items_of_a_task_have_one_metric() -> None:
+    """crows_pairs gives each item a difference of likelihoods first, which is below 1 for some of them."""
+    samples = [
+        {"doc_id": number, "filter": "none", "metrics": ["diff", "pct"], "diff": diff, "pct": pct}
+        for number, (diff, pct) in enumerate([(0.5, 1.0), (7.0, 0.0), (0.1, 1.0)])
+    ]
+    assert [(row["metric"], row["correct"]) for row in harness.items("t", samples)] == [
+        ("pct", score) for score in (1, 0, 1)
+    ]
+    assert harness.items("t", []) == [] and harness.items("t", [samples[1] | {"pct": float("nan")}]) == []
+
+
+def test_where_nobody_watches_there_are_no_bars_and_git_is_not_asked(
+    opened: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.api.task
+    import lm_eval.evaluator
+
+    before = lm_eval.api.task.tqdm, lm_eval.evaluator.get_git_commit_hash
+    write_task(tmp_path, "mine")
+    monkeypatch.chdir(tmp_path)  # no repository: git would say so
+    found = harness.run_tasks(*opened, ["mine"], include_path=str(tmp_path), limit=2, chat=True)
+    assert capfd.readouterr() == ("", "")
+    assert (lm_eval.api.task.tqdm, lm_eval.evaluator.get_git_commit_hash) == before
+    assert {(row["shots"], row["chat"]) for row in found["rows"]} == {(0, True)}

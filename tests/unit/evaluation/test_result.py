@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gemma_tune.errors import UserError
-from gemma_tune.evaluation.result import merged, read, read_rows, rows_file, same_subject, write
+from gemma_tune.errors import AccessError, UserError
+from gemma_tune.evaluation.result import check_writable, merged, read, read_rows, rows_file, same_subject, write
 
 
 def subject(**changes: Any) -> dict[str, Any]:
@@ -85,3 +85,15 @@ def test_merging_changes_neither_document() -> None:
     earlier = {"format": 1, "subject": subject(), "tasks": {"a": 1}}
     found = merged(earlier, subject(), {"tasks": {"b": 2}})
     assert found["tasks"] == {"a": 1, "b": 2} and earlier["tasks"] == {"a": 1}
+
+
+def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path / "new" / "folder" / "evaluation.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(AccessError, match="no folder"):
+        check_writable(tmp_path / "file" / "evaluation.json")
+    monkeypatch.setattr("os.access", lambda *_: False)  # who tests as root may write anywhere
+    with pytest.raises(AccessError, match="nothing can be written"):
+        check_writable(tmp_path / "evaluation.json")

@@ -179,7 +179,7 @@ def evaluation(text: str = "arc_easy") -> dict[str, Any]:
                 "metrics": {"acc": 0.712, "acc_stderr": 0.013},
                 "shots": 5,
                 "items": 570,
-                "card": {"figure": 0.735, "stated": False},
+                "card": {"metric": "acc", "figure": 0.735, "stated": False},
             }
         },
         "memorisation": {
