@@ -174,6 +174,12 @@ def test_a_line_that_was_cut_is_counted(tmp_path: Path) -> None:
     assert "metrics.jsonl: 1 line cannot be read and is left out" in page_of(run).text
 
 
+def test_figures_of_a_run_that_did_not_end_say_their_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path, status="failed", steps=60, every=25)
+    assert "at step 50; −" in page_of(run).text and "before the training and on the way" in page_of(run).text
+    assert "at step" not in page_of(make_run(tmp_path / "finished")).text.split("Curves")[0]
+
+
 def test_what_no_run_writes_is_left_out_and_named(tmp_path: Path) -> None:
     """A record of other kinds, numbers that no float holds, documents deeper than Python reads."""
     run = make_run(tmp_path)
@@ -255,6 +261,13 @@ def test_tokens_of_accounts_are_masked(tmp_path: Path) -> None:
     run = make_run(tmp_path, text="hf_" + "a1" * 17)
     raw = write_report(run).read_text(encoding="utf-8")
     assert "hf_a1" not in raw and "hf_***" in raw
+
+
+def test_what_run_json_masks_is_masked_in_answers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "swordfish-123")
+    run = make_run(tmp_path, text="swordfish-123 at https://bob:hunter2@host/x")
+    raw = write_report(run).read_text(encoding="utf-8")
+    assert "swordfish" not in raw and "hunter2" not in raw and "https://***@host/x" in raw
 
 
 def test_the_page_stays_small(tmp_path: Path) -> None:
