@@ -113,8 +113,8 @@ def _scale_output(norm: Any, scale: float) -> None:
 def _only_what_was_changed(decoder: Any, embeddings: nn.Module, norms: dict[str, Any]) -> Any:
     """A hook before the trunk, which refuses embeddings that do not come out of the hooked module, and other norms.
 
-    Liger (monkey_patch.py, `_patch_rms_norm_module`) and kernels of the hub give a norm of a loaded model another `forward`, which
-    does not call `_norm`: what the layers add to the small stream would be large again.
+    Liger (monkey_patch.py, `_patch_rms_norm_module`) and kernels of the hub give a norm of a loaded model another
+    `forward`, which does not call `_norm`: what the layers add to the small stream would be large again.
     """
     import torch
 
