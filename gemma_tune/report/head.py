@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma_tune.report.read import RunFiles
+from gemma_tune.report.read import RunFiles, mapping
 from gemma_tune.report.words import change, count, duration, figure, is_number, moment, share, short_count, signed, size
 
 Results = Mapping[str, Any]
@@ -255,7 +255,11 @@ def commands(files: RunFiles) -> list[Command]:
     found = []
     if files.record.get("status") != "finished":
         resume = resume_command(files)
-        found += [Command("go on where it stopped", resume)] if resume else []
+        processes = mapping(files.record.get("machine")).get("world_size")
+        # Each process records its own command, which does not say what started it.
+        many = is_number(processes) and processes > 1
+        about = "go on where it stopped" + (f"; add what started its {count(processes)} processes" if many else "")
+        found += [Command(about, resume)] if resume else []
     if not (files.record.get("results") or {}).get("weights"):
         return found
     if files.record.get("stage") == "reward":

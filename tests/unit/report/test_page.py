@@ -174,6 +174,12 @@ def test_a_line_that_was_cut_is_counted(tmp_path: Path) -> None:
     assert "metrics.jsonl: 1 line cannot be read and is left out" in page_of(run).text
 
 
+def test_a_run_of_several_processes_is_not_resumed_by_one_unawares(tmp_path: Path) -> None:
+    run = make_run(tmp_path, status="stopped", machine={"name": "h100", "world_size": 8})
+    assert "go on where it stopped; add what started its 8 processes" in page_of(run).text
+    assert "processes" not in page_of(make_run(tmp_path / "one", status="stopped")).text.split("Curves")[0]
+
+
 def test_figures_of_a_run_that_did_not_end_say_their_step(tmp_path: Path) -> None:
     run = make_run(tmp_path, status="failed", steps=60, every=25)
     assert "at step 50; −" in page_of(run).text and "before the training and on the way" in page_of(run).text
