@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune import console
-from gemma_tune.commands.evaluate_options import Wanted, check_files, check_kind, check_options, file_of
+from gemma_tune.commands.evaluate_options import Wanted, check_alone, check_files, check_kind, check_options, file_of
 from gemma_tune.commands.figures import held_out
 from gemma_tune.commands.report import write_again
 from gemma_tune.commands.train import print_answers, quieten, unseen
@@ -33,6 +34,7 @@ def run(targets: Sequence[str], wanted: Wanted) -> int:
         AccessError: the hub, or a package that is missing.
     """
     check_options(targets, wanted)
+    check_alone(os.environ)
     quieten()
     from gemma_tune.models.remedies import import_bitsandbytes
     from gemma_tune.train.session import dump

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_tune.errors import UserError
+from gemma_tune.plan.machine import world_size_of
 
 if TYPE_CHECKING:
     from gemma_tune.evaluation.target import Target
@@ -78,6 +79,21 @@ def check_options(targets: Sequence[str], wanted: Wanted) -> None:
         for applies, what, fix in rules:
             if applies:
                 raise UserError(what, where=where, fix=fix)
+
+
+def check_alone(environment: Mapping[str, str]) -> None:
+    """Refuse to be one of several processes, which would measure the same and write one file.
+
+    Raises:
+        UserError: a launcher started several.
+        AccessError: WORLD_SIZE is no number.
+    """
+    if (size := world_size_of(environment)) > 1:
+        raise UserError(
+            f"an evaluation is one process, and {size} were started",
+            where="WORLD_SIZE",
+            fix="start gemma-tune eval without torchrun and accelerate; it uses the first GPU",
+        )
 
 
 def check_files(targets: Sequence[Target], wanted: Wanted) -> None:

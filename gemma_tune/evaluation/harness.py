@@ -56,8 +56,9 @@ def run_tasks(
         chat: whether prompts are conversations (a tuned or instruction model) or plain text (a base).
 
     Returns:
-        For each name `{"metrics", "shots", "items", "chat", "version", "card": None}`. `metrics` has lm-eval's names,
-        `<metric>_stderr` beside each, and `<metric>,<filter>` where a task has a filter of its own. A group also has
+        For each name `{"metrics", "shots", "items", "of", "chat", "version", "card": None}`. `items` were asked, of as
+        many as `of` that the task has. `metrics` has lm-eval's names, `<metric>_stderr` beside each, and
+        `<metric>,<filter>` where a task has a filter of its own. A group also has
         `parts`, and a task of ours `groups`. Under `harness` stands how it was run. Under `rows`, for
         evaluation.rows.jsonl and to be taken out before the rest is written: `{"part": "task", "task", "item",
         "metric", "correct", "shots", "chat", "version"}`, one for each item of a task that has a metric from 0 to 1;
@@ -159,6 +160,7 @@ def described(results: Mapping[str, Any], name: str, members: Sequence[str], cha
         "metrics": metrics(results["results"].get(name, {})),
         "shots": shots.pop() if len(shots) == 1 else None,
         "items": sum(results["n-samples"][member]["effective"] for member in members),
+        "of": sum(results["n-samples"][member]["original"] for member in members),
         "chat": chat,
         "version": results["versions"].get(name),
         "card": None,

@@ -45,6 +45,7 @@ def _identity(subject: Subject) -> str:
 
 
 def task_results(evaluation: Mapping[str, Any]) -> list[Any]:
+    """Tasks for the hub's model-index, which has no place for how many items were asked: whole tasks alone."""
     from huggingface_hub import EvalResult
 
     return [
@@ -57,6 +58,7 @@ def task_results(evaluation: Mapping[str, Any]) -> list[Any]:
             metric_name=_with_shots(metric, about),
         )
         for task, about in tasks_of(evaluation)
+        if about.get("items") == about.get("of", about.get("items"))
         for metric, value in about["metrics"].items()
         if is_number(value) and math.isfinite(value) and not _is_error(metric)
     ]
@@ -70,15 +72,23 @@ def tasks_of(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
 
 
 def _with_shots(metric: str, about: Mapping[str, Any]) -> str:
-    shots = about.get("shots")
-    return f"{metric}, {shots} shots" if is_number(shots) else metric
+    """A metric and how it was asked: scores of turns and of plain text are not comparable."""
+    shots, chat = about.get("shots"), about.get("chat")
+    parts = [metric, *([f"{shots} shots"] if is_number(shots) else [])]
+    return ", ".join([*parts, *(["in turns" if chat else "plain text"] if isinstance(chat, bool) else [])])
+
+
+def _items(about: Mapping[str, Any]) -> str:
+    asked, all_of_it = about.get("items"), about.get("of")
+    part = is_number(asked) and is_number(all_of_it) and asked != all_of_it
+    return f"{value_text(asked)} of {value_text(all_of_it)}" if part else value_text(asked or "")
 
 
 def further_tables(evaluation: Mapping[str, Any]) -> str:
     """Tables of tasks and of memorisation; empty where neither was measured."""
     parts = []
     rows = [
-        (task, _with_shots(metric, about), value_text(about.get("items") or ""), _with_error(about["metrics"], metric))
+        (task, _with_shots(metric, about), _items(about), _with_error(about["metrics"], metric))
         for task, about in tasks_of(evaluation)
         for metric, value in about["metrics"].items()
         if is_number(value) and not _is_error(metric)

@@ -10,7 +10,7 @@ import pytest
 
 from gemma_tune import cli
 from gemma_tune.commands.evaluate import held_out_lines, talks
-from gemma_tune.commands.evaluate_options import Wanted, check_files, check_options
+from gemma_tune.commands.evaluate_options import Wanted, check_alone, check_files, check_options
 from gemma_tune.errors import UserError
 
 
@@ -135,3 +135,10 @@ def test_two_targets_do_not_write_one_file(tmp_path: Path) -> None:
     check_files([one, two], Wanted(compare=True))  # type: ignore[list-item]
     with pytest.raises(UserError, match="written over that of a"):
         check_files([one, two], Wanted())  # type: ignore[list-item]
+
+
+def test_one_of_several_processes_is_refused() -> None:
+    check_alone({})
+    check_alone({"WORLD_SIZE": "1"})
+    with pytest.raises(UserError, match="2 were started"):
+        check_alone({"WORLD_SIZE": "2"})

@@ -56,6 +56,7 @@ def test_a_stock_task_on_local_rows(opened: Any) -> None:
     json.dumps(found)
     entry = found["arc_easy"]
     assert (entry["shots"], entry["items"], entry["chat"], entry["card"]) == (0, 10, False, None)
+    assert entry["of"] > 10
     assert set(entry["metrics"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
     assert [row["item"] for row in rows] == list(range(10))
     assert {(row["part"], row["task"], row["metric"]) for row in rows} == {("task", "arc_easy", "acc")}

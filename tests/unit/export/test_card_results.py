@@ -91,3 +91,12 @@ def test_a_damaged_evaluation_costs_no_card(tmp_path: Path, text: str) -> None:
     subject = evaluated(tmp_path / "run")
     (tmp_path / "run" / "evaluation.json").write_text(text)
     assert "| loss, nats a token | 4.5 | 2.5 |" in card_of(subject)
+
+
+def test_a_part_of_a_task_is_not_in_the_index_and_the_card_says_how_it_was_asked(tmp_path: Path) -> None:
+    part = {"metrics": {"acc": 0.8}, "shots": 0, "items": 5, "of": 2376, "chat": True}
+    card = card_of(evaluated(tmp_path / "run", tasks={"part": part, "whole": part | {"of": 5, "chat": False}}))
+    assert "| part | acc, 0 shots, in turns | 5 of 2,376 | 0.8 |" in card
+    assert "| whole | acc, 0 shots, plain text | 5 | 0.8 |" in card
+    found = index_of(card)
+    assert ("part", "acc") not in found and found["whole", "acc"] == 0.8
