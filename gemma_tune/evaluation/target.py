@@ -99,8 +99,10 @@ def find_target(name: str) -> Target:
     gguf = find_gguf(name)
     if gguf is not None:
         return Target(name, None, gguf, None, None, {})
-    saved = find_saved(name)
     place = Path(name).expanduser()
+    if place.name == "model" and (place.parent / "plan.json").is_file() and not (place.parent / "adapter").exists():
+        return replace(find_target(str(place.parent)), name=name)  # all weights of a run
+    saved = find_saved(name)
     if saved.adapter is None and not saved.plan:
         resolve(saved.name, saved.revision, need="config")  # says what is wrong with the name
         return Target(name, saved, None, None, None, {})

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gemma_tune.cli import main
+from gemma_tune.evaluation.target import find_target
 from tests.integration.test_kto_tiny import kto_recipe
 from tests.integration.test_ppo_tiny import ppo_recipe
 from tests.integration.test_preferences_tiny import pair_recipe
@@ -86,6 +87,8 @@ def test_a_full_fine_tune_is_compared_with_the_model_that_it_began_with(base: Pa
     found = measured(tmp_path / "run")
     check_equal(tmp_path / "run", found, "base", "tuned")
     assert found["subject"]["adapter_sha256"] is None and found["subject"]["content"].startswith("content-")
+    named = find_target(str(tmp_path / "run" / "model"))
+    assert named.tuned and named.file == tmp_path / "run" / "evaluation.json", "its weights are no published model's"
 
 
 def test_a_reward_model(reward: Path, tmp_path: Path, capsys: Output) -> None:
