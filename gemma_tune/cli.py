@@ -339,6 +339,8 @@ def evaluate(
     def job() -> int:
         command = _command("evaluate")
         names = tuple(name for name in (tasks or "").split(",") if name.strip())
+        if tasks is not None and not names:
+            raise UserError("no task is named", where="--tasks", fix="name some: --tasks arc_easy,piqa")
         return command.run(
             targets,
             command.Wanted(

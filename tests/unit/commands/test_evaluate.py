@@ -46,6 +46,11 @@ def test_the_options_reach_the_command(
     assert called == [(targets, wanted)]
 
 
+def test_an_empty_list_of_tasks_is_not_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "r", "--tasks", ","]) == 2
+    assert "no task is named" in capsys.readouterr().err
+
+
 def test_nothing_else_is_measured_where_one_thing_is_asked_for() -> None:
     assert Wanted().held_out and Wanted(limit=3, recipe="x").held_out
     for one in (Wanted(compare=True), Wanted(tasks=("a",)), Wanted(suite="s"), Wanted(memorisation=True)):
