@@ -6,7 +6,6 @@ python -m tests.merge_memory RUN OUT    prints {"peak": bytes, "total": bytes, "
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -95,10 +94,11 @@ def make_adapter(base: Path, folder: Path, rank: int = 4) -> None:
 
 def main(run: str, out: str) -> int:
     from gemma_tune.cli import main as gemma_tune
+    from gemma_tune.train.provenance import peak_memory
 
     code = gemma_tune(["merge", run, "--out", out])
     sizes = [file.stat().st_size for file in Path(out).glob("*.safetensors")]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()["rss"]
     print(json.dumps({"peak": peak, "total": sum(sizes), "shard": max(sizes, default=0), "code": code}))
     return code
 

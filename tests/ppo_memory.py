@@ -31,6 +31,7 @@ from gemma_tune.train.ppo.losses import policy_terms, value_terms
 from gemma_tune.train.ppo.passes import collate, log_probs_of, spread
 from gemma_tune.train.ppo.rewards import token_rewards
 from gemma_tune.train.ppo.types import Rollout
+from gemma_tune.train.provenance import peak_memory
 
 FAMILY = FAMILIES["gemma3_text"]
 NF4 = {
@@ -120,7 +121,7 @@ def main(folder: Path, kind: str) -> dict[str, int]:
         names: list[tuple[list[str], bool]] = [([], False), ([REFERENCE], False), (["reward"], False), ([CRITIC], True)]
         whole = [actors(folder, adapters, critic) for adapters, critic in names]
         optimizers = step(*whole)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = peak_memory()["rss"] - before
     return {"held": held_bytes(whole, optimizers), "peak": peak}
 
 

@@ -102,11 +102,25 @@ def command_line() -> list[str]:
 
 def peak_memory() -> dict[str, int]:
     """Highest memory of this process so far, in bytes: `rss`, and `cuda` (allocated by torch) where there is a GPU."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"rss": _peak_rss()}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _peak_rss() -> int:
+    """The most that this program has held in memory.
+
+    On Linux not `ru_maxrss`: a process begins with that of whoever started it (`setmax_mm_hiwater_rss` in the kernel's
+    fs/exec.c), so that a small run from a large notebook would have the notebook's.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +200,15 @@ def test_the_same_tensors_under_another_scale_are_another_adapter(tmp_path: Path
     first = provenance.fingerprint(tmp_path)
     config.write_text('{"lora_alpha": 32}')
     assert provenance.fingerprint(tmp_path) != first
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_the_peak_is_not_that_of_who_started_the_program() -> None:
+    small = (
+        "import json, resource; from gemma_tune.train.provenance import peak_memory; "
+        "print(json.dumps([peak_memory()['rss'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"
+    )
+    large = f"import subprocess as s, sys; held = b'x' * {2**29}; s.run([sys.executable, '-c', {small!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", large], check=True, capture_output=True, text=True)
+    ours, theirs = json.loads(done.stdout)
+    assert ours < 2**28 < 2**29 < theirs
